@@ -1,0 +1,67 @@
+"""Code Llama inference: load any checkpoint on any number of processes, complete, infill, chat.
+
+Names are loaded when they are first used, so that the parts that need no torch start fast.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from codellama.config import ModelArgs, RuntimeArgs, SamplingParams
+    from codellama.errors import (
+        CheckpointError,
+        CodeLlamaError,
+        ContextLengthError,
+        MemoryBudgetError,
+        NumericalError,
+        ParallelSizeError,
+        PromptError,
+        RankError,
+    )
+    from codellama.llama import Llama
+    from codellama.model import Transformer
+    from codellama.prompts import Dialog, Message, dialog_prompt_tokens, infilling_prompt_tokens
+    from codellama.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "CodeLlamaError",
+    "ContextLengthError",
+    "Dialog",
+    "Llama",
+    "MemoryBudgetError",
+    "Message",
+    "ModelArgs",
+    "NumericalError",
+    "ParallelSizeError",
+    "PromptError",
+    "RankError",
+    "RuntimeArgs",
+    "SamplingParams",
+    "Tokenizer",
+    "Transformer",
+    "dialog_prompt_tokens",
+    "infilling_prompt_tokens",
+]
+
+_HOMES = {
+    "codellama.config": ("ModelArgs", "RuntimeArgs", "SamplingParams"),
+    "codellama.errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "codellama.llama": ("Llama",),
+    "codellama.model": ("Transformer",),
+    "codellama.prompts": ("Dialog", "Message", "dialog_prompt_tokens", "infilling_prompt_tokens"),
+    "codellama.tokenizer": ("Tokenizer",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module 'codellama' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

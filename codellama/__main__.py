@@ -1,0 +1,5 @@
+"""`python -m codellama` is the command `codellama`."""
+
+from codellama.cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""The key/value cache: preallocated tensors in which a row is a request slot.
+
+It knows nothing of requests, of which rows are in use, or of what their tokens mean: the scheduler keeps those books.
+
+Shapes: B rows of this view, T new tokens per row, S cache length of this view, K key/value heads here, D head_dim.
+"""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Preallocated keys and values, one pair of tensors per layer.
+
+    Layout: `[rows, K, max_seq_len, D]`. With the heads before the positions, decode attention reads each head's keys as
+    one contiguous block; measured 1.1 to 1.4 times faster on a CPU than positions first (`python -m
+    benchmarks.attention`).
+
+    A free row keeps its last content until it is given away. An inactive row inside a slice writes only at its own next
+    position, which nothing reads before it is written again.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Wrap existing tensors; use `allocate` for new ones."""
+        self.keys = keys
+        self.values = values
+
+    @classmethod
+    def allocate(
+        cls,
+        *,
+        n_layers: int,
+        rows: int,
+        max_seq_len: int,
+        n_local_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "KVCache":
+        """Allocate `2 · n_layers · rows · K · max_seq_len · D` elements, all zero."""
+        shape = (rows, n_local_kv_heads, max_seq_len, head_dim)
+        keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        return cls(keys, values)
+
+    def rows(self, start: int, stop: int) -> "KVCache":
+        """Rows start to stop as a view: a slice, since an index tensor would copy the cache in every layer."""
+        return KVCache([k[start:stop] for k in self.keys], [v[start:stop] for v in self.values])
+
+    def first(self, length: int) -> "KVCache":
+        """The first `length` positions of every row as a view, so that a step reads only the part in use."""
+        return KVCache([k[:, :, :length] for k in self.keys], [v[:, :, :length] for v in self.values])
+
+    def update_(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values at their positions and return the layer's whole content.
+
+        Args:
+            layer: index of the layer.
+            positions: `[B, T]`, each below S.
+            key: `[B, T, K, D]`.
+            value: `[B, T, K, D]`.
+
+        Returns:
+            Keys and values, each `[B, K, S, D]`.
+        """
+        row = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        # Two index tensors around a slice: their axes [B, T] come first, then K and D, as in `key`.
+        self.keys[layer][row, :, positions] = key
+        self.values[layer][row, :, positions] = value
+        return self.keys[layer], self.values[layer]
+
+    def zero_(self) -> None:
+        """Forget everything: masked NaN would still spread, since 0 · NaN is NaN."""
+        for tensor in (*self.keys, *self.values):
+            tensor.zero_()

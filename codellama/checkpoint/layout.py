@@ -1,0 +1,90 @@
+"""What every checkpoint holds, whatever its format: canonical tensor names, full shapes, and the axis each is split on.
+
+It knows nothing of files. The canonical names are Meta's. Source: Meta's Llama 2 and Code Llama releases; fairscale's
+ParallelEmbedding splits the embedding dimension, not the vocabulary.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+from codellama.config import ModelArgs
+from codellama.tokenizer import Tokenizer
+
+SHARD_DIM: dict[str, int | None] = {
+    "tok_embeddings": 1,
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "wo": 1,
+    "w1": 0,
+    "w2": 1,
+    "w3": 0,
+    "attention_norm": None,
+    "ffn_norm": None,
+    "norm": None,
+    "output": 0,
+}
+"""Axis along which ranks, and the files of a Meta checkpoint, split a tensor; None where each holds a copy."""
+
+
+class Checkpoint(Protocol):
+    """Read access to weights as full tensors under canonical names, slice by slice."""
+
+    args: ModelArgs
+
+    def names(self) -> Iterable[str]:
+        """Canonical names of all tensors."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the full tensor."""
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """Copy a tensor, or its part from start to stop along dim, in the file's dtype."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer that belongs to the weights."""
+
+
+def shard_dim(name: str) -> int | None:
+    """Axis along which the tensor of this canonical name is split; None for a copy on each rank."""
+    return SHARD_DIM[name.split(".")[-2]]
+
+
+def tensor_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Names and full shapes of every tensor of a model, in the order of its layers."""
+    kv_dim = args.kv_heads * args.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
+    for layer in range(args.n_layers):
+        prefix = f"layers.{layer}"
+        shapes[f"{prefix}.attention.wq.weight"] = (args.dim, args.dim)
+        shapes[f"{prefix}.attention.wk.weight"] = (kv_dim, args.dim)
+        shapes[f"{prefix}.attention.wv.weight"] = (kv_dim, args.dim)
+        shapes[f"{prefix}.attention.wo.weight"] = (args.dim, args.dim)
+        shapes[f"{prefix}.feed_forward.w1.weight"] = (args.hidden_dim, args.dim)
+        shapes[f"{prefix}.feed_forward.w2.weight"] = (args.dim, args.hidden_dim)
+        shapes[f"{prefix}.feed_forward.w3.weight"] = (args.hidden_dim, args.dim)
+        shapes[f"{prefix}.attention_norm.weight"] = (args.dim,)
+        shapes[f"{prefix}.ffn_norm.weight"] = (args.dim,)
+    shapes["norm.weight"] = (args.dim,)
+    shapes["output.weight"] = (args.vocab_size, args.dim)
+    return shapes
+
+
+def rank_span(name: str, args: ModelArgs, rank: int, size: int) -> tuple[int, int, int] | None:
+    """Say which part of a full tensor a model-parallel rank holds.
+
+    Where the ranks outnumber the key/value heads, rank r holds a copy of head r · n_kv_heads // size.
+
+    Returns:
+        (dim, start, stop), or None for the whole tensor.
+    """
+    dim = shard_dim(name)
+    if dim is None or size == 1:
+        return None
+    if name.split(".")[-2] in ("wk", "wv") and size > args.kv_heads:
+        head = rank * args.kv_heads // size
+        return dim, head * args.head_dim, (head + 1) * args.head_dim
+    share = tensor_shapes(args)[name][dim] // size
+    return dim, rank * share, (rank + 1) * share

@@ -1,0 +1,218 @@
+"""What the weights are (ModelArgs), how we run them (RuntimeArgs), what one request asks for (SamplingParams).
+
+This module knows nothing of files, tensors or torch.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from codellama.errors import CheckpointError
+
+LogitsProcessor = Callable[[Sequence[int], Any], Any]
+"""(token ids so far, float32 logits [vocab_size]) → logits of the same shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """The architecture of a checkpoint, in the words of its params.json.
+
+    Attributes:
+        n_kv_heads: key/value heads; None means n_heads (multi-head attention).
+        multiple_of: the feed-forward size is rounded up to a multiple of this.
+        ffn_dim_multiplier: widens the feed-forward layer before rounding; None means 1.
+        rope_theta: base of the rotary frequencies. No default: 10,000 in place of 1,000,000 breaks a model silently.
+
+    Raises:
+        CheckpointError: a size is not positive, or the sizes do not divide.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    vocab_size: int
+    rope_theta: float
+    n_kv_heads: int | None = None
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CheckpointError(f"{name} is {value!r}; a positive integer was expected")
+        for name in ("rope_theta", "norm_eps", "ffn_dim_multiplier"):
+            value = getattr(self, name)
+            if value is None and name == "ffn_dim_multiplier":
+                continue
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise CheckpointError(f"{name} is {value!r}; a positive number was expected")
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise CheckpointError(f"dim {self.dim} does not split into {self.n_heads} heads of an even size")
+        if self.n_heads % self.kv_heads:
+            raise CheckpointError(f"{self.n_heads} query heads cannot share {self.kv_heads} key/value heads evenly")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """n_kv_heads, which is never None after construction."""
+        assert self.n_kv_heads is not None
+        return self.n_kv_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward layer: 2/3 of 4·dim, widened, rounded up. Source: Llama 2's params.json."""
+        hidden = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return -(-hidden // self.multiple_of) * self.multiple_of
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any], *, vocab_size: int, rope_theta: float | None = None) -> "ModelArgs":
+        """Read the content of a params.json strictly.
+
+        Args:
+            params: the decoded JSON object.
+            vocab_size: the tokenizer's size; counts where the file gives none, or -1.
+            rope_theta: counts where the file gives none.
+
+        Raises:
+            CheckpointError: an unknown or missing key, a bad value, or no rope_theta from either side.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(params) - known)
+        if unknown:
+            raise CheckpointError(
+                f"params.json has keys that this package does not know: {', '.join(unknown)}; "
+                f"known are {', '.join(sorted(known))}. It may describe another architecture"
+            )
+        missing = [key for key in ("dim", "n_layers", "n_heads") if key not in params]
+        if missing:
+            raise CheckpointError(f"params.json lacks {', '.join(missing)}")
+        values = dict(params)
+        if values.get("vocab_size", -1) == -1:
+            values["vocab_size"] = vocab_size
+        if values.get("rope_theta") is None:
+            if rope_theta is None:
+                raise CheckpointError(
+                    "params.json has no rope_theta, and a wrong one breaks the model silently: pass "
+                    "rope_theta=1000000.0 for Code Llama (10000.0 for 70B Python and Instruct, and for Llama 2)"
+                )
+            values["rope_theta"] = rope_theta
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeArgs:
+    """How the model is run.
+
+    Attributes:
+        max_seq_len: tokens that one row of the cache holds, prompt and generation together.
+        max_batch_size: rows of the cache, so requests that are decoded at once; more wait for a free row.
+        chunk_size: a prompt is prefilled in chunks of at most this many tokens.
+    """
+
+    max_seq_len: int = 2048
+    max_batch_size: int = 4
+    chunk_size: int = 2048
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{field.name} is {value!r}; an integer was expected")
+            if value < 1:
+                raise ValueError(f"{field.name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What one request asks for. Defaults generate greedily until a stop token or the end of the row.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most probable token.
+        top_p: keep the smallest set of tokens whose probability reaches this; 0 is greedy, 1 keeps all.
+        top_k: keep this many tokens; None keeps all.
+        min_p: drop tokens less probable than this fraction of the most probable one.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that already occurred, prompt
+            included; 1 changes nothing. Source: CTRL, arXiv 1909.05858, section 4.1.
+        max_gen_len: tokens to generate at most; None means as many as the row holds. 0 with echo scores the prompt.
+        stop_tokens: ids that end the generation and are not returned.
+        stop: strings that end the generation and are cut from the text, with all that follows.
+        seed: makes the samples repeat; None draws a new one for each request.
+        logprobs: report the log-probability of each returned token under the model, before any of the above.
+        top_logprobs: also report this many most probable alternatives at each position.
+        echo: return the prompt before the generation.
+        logits_processor: called on the leader with the ids so far and the logits, returns the logits to use.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_gen_len: int | None = None
+    stop_tokens: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+    echo: bool = False
+    logits_processor: LogitsProcessor | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0.0, math.inf)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 1e-6, math.inf)
+        _check_integer("top_k", self.top_k, 1)
+        _check_integer("max_gen_len", self.max_gen_len, 0)
+        _check_integer("seed", self.seed, None)
+        if self.top_logprobs is None:
+            raise TypeError("top_logprobs is None; an integer was expected, 0 for none")
+        _check_integer("top_logprobs", self.top_logprobs, 0)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
+        for text in self.stop:
+            if not isinstance(text, str):
+                raise TypeError(f"stop holds {text!r}; strings were expected")
+            if not text:
+                raise ValueError("stop holds an empty string, which would stop before the first token")
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise TypeError(f"logits_processor is {self.logits_processor!r}; a callable was expected")
+
+    @property
+    def greedy(self) -> bool:
+        """True where the most probable token is taken without drawing."""
+        return self.temperature == 0 or self.top_p == 0 or self.top_k == 1
+
+
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; a number was expected")
+    if not (low <= value <= high and math.isfinite(value)):  # NaN fails every comparison
+        bound = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} is {value!r}; a finite number {bound} was expected")
+
+
+def _check_integer(name: str, value: int | None, low: int | None) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; an integer was expected")
+    if low is not None and value < low:
+        raise ValueError(f"{name} is {value}; it must be at least {low}")

@@ -1,0 +1,65 @@
+"""Which device, which dtype, and how much memory it has free. Nothing is decided at import.
+
+It knows nothing of models.
+"""
+
+import os
+
+import torch
+
+from codellama.memory import free_host_memory
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Take the device asked for, or this rank's GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {chosen}; cpu and cuda are supported")
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    index = local_rank if chosen.index is None else chosen.index
+    if index >= count:
+        raise ValueError(
+            f"rank {local_rank} of this host needs GPU {index}, but {count} are visible: start fewer ranks"
+        )
+    return torch.device("cuda", index)
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """Take the dtype asked for, or the fastest that is safe there.
+
+    bfloat16 has float32's range and half its bytes, so it is taken wherever the hardware computes it; a CPU without it
+    emulates it slowly and gets float32. (On a CPU, `python -m benchmarks.prefill --dtype …` measures both.)
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; one of {', '.join(_DTYPES)} was expected")
+        dtype = _DTYPES[dtype]
+    if dtype is not None:
+        if dtype not in _DTYPES.values():
+            raise ValueError(f"dtype is {dtype}; one of {', '.join(_DTYPES)} was expected")
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this rank may still take on the device; None if unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return free_host_memory()

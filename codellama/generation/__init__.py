@@ -1,0 +1,1 @@
+"""Generation: request → scheduler → runner → sampling → engine. Token ids in, token ids and text deltas out."""

@@ -1,0 +1,99 @@
+"""From text, gaps and chats to requests: encoded, checked, and able to travel to the replica that runs them.
+
+It knows nothing of the model beyond two sizes, and nothing of torch.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from codellama.config import LogitsProcessor, SamplingParams
+from codellama.errors import PromptError
+from codellama.generation.request import GeneratedText, Request
+from codellama.prompts import Dialog, format_for, infilling_prompt_tokens, infilling_stop_tokens
+from codellama.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one request starts from.
+
+    Attributes:
+        tokens: ids, bos included.
+        params: what is asked for; a logits_processor cannot travel and is handed to `PromptMaker.request`.
+        seed: of this request's own random numbers.
+        where: what an error message calls it.
+        strip: drop white space around the generated text.
+    """
+
+    tokens: list[int]
+    params: SamplingParams
+    seed: int
+    where: str
+    strip: bool = False
+
+
+class PromptMaker:
+    """Makes prompts for one model. Every method checks its prompt as far as it can be checked before it runs.
+
+    Raises:
+        PromptError: the text cannot be expressed as ids.
+        ContextLengthError: it leaves no room to generate.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_seq_len: int, seed: int | None) -> None:
+        """Draw seeds for prompts that bring none; seed None draws them from the operating system."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_seq_len = max_seq_len
+        self._seeds = random.Random(seed)
+
+    def ids(self, tokens: Sequence[int], params: SamplingParams, where: str = "the prompt") -> Prompt:
+        """Take ids as they are; the caller sets the stop tokens."""
+        return self._checked(list(tokens), params, where)
+
+    def text(self, text: str, params: SamplingParams, where: str = "the prompt") -> Prompt:
+        """Continue a text, until eos."""
+        tokens = self._tokenizer.encode(text, bos=True, eos=False)
+        return self._checked(tokens, replace(params, stop_tokens=frozenset({self._tokenizer.eos_id})), where)
+
+    def gap(
+        self, prefix: str, suffix: str, params: SamplingParams, suffix_first: bool = False, where: str = "the gap"
+    ) -> Prompt:
+        """Fill what stands between prefix and suffix, until EOT or eos."""
+        tokens = infilling_prompt_tokens(self._tokenizer, prefix, suffix, suffix_first)
+        return self._checked(tokens, replace(params, stop_tokens=infilling_stop_tokens(self._tokenizer)), where)
+
+    def chat(
+        self, dialog: Dialog, params: SamplingParams, allow_tags: bool = False, where: str = "the dialog"
+    ) -> Prompt:
+        """Answer a chat in the tokenizer's format."""
+        chat = format_for(self._tokenizer)
+        try:
+            tokens = chat.encode_dialog(dialog, allow_tags)
+        except PromptError as error:
+            raise PromptError(f"{where}: {error}") from error
+        return self._checked(tokens, replace(params, stop_tokens=chat.stop_tokens()), where, strip=True)
+
+    def request(self, prompt: Prompt, processor: LogitsProcessor | None = None) -> Request:
+        """Make the request that runs a prompt."""
+        return Request(
+            prompt.tokens,
+            replace(prompt.params, logits_processor=processor),
+            prompt.seed,
+            self._vocab_size,
+            self._max_seq_len,
+            GeneratedText(
+                self._tokenizer,
+                prompt.params.stop,
+                drop_space=prompt.tokens == [self._tokenizer.bos_id],
+                strip=prompt.strip,
+            ),
+            prompt.where,
+        )
+
+    def _checked(self, tokens: list[int], params: SamplingParams, where: str, strip: bool = False) -> Prompt:
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        prompt = Prompt(tokens, replace(params, logits_processor=None), seed, where, strip)
+        self.request(prompt)  # its checks are the request's own
+        return prompt

@@ -1,0 +1,241 @@
+"""One request on its way through the engine: its prompt, what it asks for, and what has been generated.
+
+It knows nothing of batches, of the model, or of torch.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from codellama.config import SamplingParams
+from codellama.errors import ContextLengthError, PromptError
+from codellama.tokenizer import TextDecoder, Tokenizer
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """Log-probability of one token under the model, in nats, and its most probable rivals as (id, log-probability)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to a request: text that is now certain, and the new ids. The last one has a finish_reason."""
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    scores: tuple[TokenScore, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request.
+
+    Attributes:
+        tokens: generated ids, without the stop token; with echo the prompt's before them.
+        text: the generated text alone.
+        scores: one for each of tokens, if asked for. The first token of a prompt is certain: log-probability 0.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    scores: tuple[TokenScore, ...]
+    finish_reason: FinishReason
+
+
+class GeneratedText:
+    """Text of a generation as it grows: whole characters only; stop strings are cut and never shown."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, drop_space: bool = False, strip: bool = False
+    ) -> None:
+        """Begin an empty text.
+
+        Args:
+            tokenizer: decodes the ids.
+            stop: strings that end the text; the text ends before the first that occurs.
+            drop_space: drop SentencePiece's implicit space, because the generation begins the text.
+            strip: drop white space around the whole, as a chat answer's content is written without it.
+        """
+        self._decoder = TextDecoder(tokenizer)
+        self._stop = tuple(stop)
+        self._drop_space = drop_space
+        self._strip = strip
+        self._held = ""
+        self._parts: list[str] = []
+        self._decoded = 0
+        self._starts: list[int] = []
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All that has been returned so far."""
+        return "".join(self._parts)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that have a share in the text: a stop string may have cut off the last ones."""
+        if not self.stopped:
+            return len(self._starts)
+        return sum(start < self._decoded - len(self._held) for start in self._starts)
+
+    def push(self, token: int) -> str:
+        """Add a token and return the text that became certain."""
+        self._starts.append(self._decoded)
+        return self._take(self._decoder.push([token]), final=False)
+
+    def finish(self) -> str:
+        """Return what was held back, since nothing follows."""
+        return "" if self.stopped else self._take(self._decoder.finish(), final=True)
+
+    def _take(self, text: str, final: bool) -> str:
+        self._decoded += len(text)
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            sure = min(found)
+        else:
+            sure = len(self._held) if final else len(self._held) - self._overlap()
+        taken, self._held = self._held[:sure], self._held[sure:]
+        return self._trim(taken, ended=final or self.stopped)
+
+    def _overlap(self) -> int:
+        """Length of the longest end of the held text that may become a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=0)
+        for length in range(min(longest - 1, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+    def _trim(self, taken: str, ended: bool) -> str:
+        if self._drop_space and taken:
+            taken, self._drop_space = taken.removeprefix(" "), False
+        if self._strip:
+            if not self._parts:
+                taken = taken.lstrip()
+            if not ended:  # white space at the end may turn out to be inside
+                kept = taken.rstrip()
+                taken, self._held = kept, taken[len(kept) :] + self._held
+            else:
+                taken = taken.rstrip()
+        if taken:
+            self._parts.append(taken)
+        return taken
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt, what is asked of it, and the state of its generation. The engine alone changes the state.
+
+    Raises:
+        PromptError: the prompt holds no ids, or ids outside the vocabulary.
+        ContextLengthError: it leaves no room to generate.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    seed: int
+    vocab_size: int
+    max_seq_len: int
+    text: GeneratedText | None = None
+    where: str = "the prompt"
+    on_delta: Callable[[Delta], None] | None = None
+
+    row: int | None = field(default=None, init=False)
+    n_cached: int = field(default=0, init=False)
+    output: list[int] = field(default_factory=list, init=False)
+    scores: list[TokenScore] = field(default_factory=list, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt = check_ids(self.prompt, self.vocab_size, self.where)
+        if len(self.prompt) > self.max_seq_len - (self.params.max_gen_len != 0):
+            raise ContextLengthError(len(self.prompt), self.max_seq_len, self.where)
+        room = self.max_seq_len - len(self.prompt)
+        self.n_max = room if self.params.max_gen_len is None else min(room, self.params.max_gen_len)
+        self.rng = random.Random(self.seed)
+        if self.scores_prompt:
+            self.scores.append(TokenScore(0.0))
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True where the prompt's own log-probabilities are asked for."""
+        return self.params.echo and self.params.logprobs
+
+    @property
+    def n_tokens(self) -> int:
+        """Prompt and output together."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def prefilling(self) -> bool:
+        """True while part of the prompt is not in the cache yet."""
+        return self.n_cached < len(self.prompt)
+
+    def completion(self) -> Completion:
+        """Return the result of a finished request."""
+        assert self.finish_reason is not None, "the request is finished"
+        tokens = [*self.prompt, *self.output] if self.params.echo else self.output
+        text = self.text.text if self.text else ""
+        return Completion(tuple(tokens), text, tuple(self.scores), self.finish_reason)
+
+    def append(self, token: int, score: TokenScore | None) -> None:
+        """Add a generated token, or end with it."""
+        if token in self.params.stop_tokens:
+            self.finish("stop")
+            return
+        self.output.append(token)
+        if score is not None:
+            self.scores.append(score)
+        text = self.text.push(token) if self.text else ""
+        if self.text and self.text.stopped:
+            # What a stop string cut off the text is cut off the tokens too.
+            extra = len(self.output) - self.text.n_tokens
+            del self.output[len(self.output) - extra :]
+            del self.scores[len(self.scores) - (extra if score is not None else 0) :]
+            self.finish("stop", text)
+        elif len(self.output) >= self.n_max:
+            self.finish("length", text, (token,), (score,) if score is not None else ())
+        else:
+            self._emit(Delta(text, (token,), (score,) if score is not None else ()))
+
+    def finish(
+        self,
+        reason: FinishReason,
+        text: str = "",
+        tokens: tuple[int, ...] = (),
+        scores: tuple[TokenScore, ...] = (),
+    ) -> None:
+        """End the request and hand out what was held back."""
+        assert self.finish_reason is None, "a request ends once"
+        self.finish_reason = reason
+        self._emit(Delta(text + (self.text.finish() if self.text else ""), tokens, scores, reason))
+
+    def _emit(self, delta: Delta) -> None:
+        if self.on_delta is not None:
+            self.on_delta(delta)
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> list[int]:
+    """Copy token ids, once they are known to be ids.
+
+    Raises:
+        PromptError: none at all, or one outside the vocabulary.
+        TypeError: something else than integers.
+    """
+    ids = list(ids)
+    if not ids:
+        raise PromptError(f"{where} holds no token ids; at least one is needed (an empty text is bos alone)")
+    for index, id in enumerate(ids):
+        if not isinstance(id, int) or isinstance(id, bool):
+            raise TypeError(f"{where} holds {id!r} at {index}; integer token ids were expected")
+        if not 0 <= id < vocab_size:
+            raise PromptError(f"{where} holds id {id} at {index}; the vocabulary has ids 0 to {vocab_size - 1}")
+    return ids

@@ -1,0 +1,46 @@
+"""Runs one batch through the model on this rank. It knows nothing of requests or sampling: numbers in, logits out.
+
+Shapes: B rows of the batch, T new tokens per row, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from codellama.cache import KVCache
+from codellama.generation.scheduler import Batch
+from codellama.model import Transformer
+
+LOGITS_TILE = 256
+"""Positions whose logits exist at once: all of a 2,048-token chunk would take 262 MB at a vocabulary of 32,016."""
+
+
+class Runner:
+    """The model and its cache on this rank."""
+
+    def __init__(self, model: Transformer, cache: KVCache, device: torch.device) -> None:
+        """Run this model with this cache, both on device."""
+        self.model = model
+        self.cache = cache
+        self._device = device
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Iterator[Tensor]:
+        """Run a batch and yield float32 logits `[B, t, V]` of its positions from logits_from on, in pieces.
+
+        Every rank must take all pieces, since each is computed by all of them together.
+        """
+        rows, width = len(batch.tokens), batch.width
+        tokens = torch.tensor(batch.tokens, device=self._device)
+        first = torch.tensor(batch.positions, device=self._device)
+        positions = first[:, None] + torch.arange(width, device=self._device)  # [B, T]
+        view = self.cache.rows(batch.start, batch.start + rows).first(batch.length)
+        hidden = self.model(tokens, positions, view)[:, batch.logits_from :]
+        for piece in hidden.split(LOGITS_TILE, dim=1):
+            if piece.shape[1]:
+                yield self.model.logits(piece)
+
+    def forget(self) -> None:
+        """Clear the cache, which may hold NaN after a failure."""
+        self.cache.zero_()

@@ -1,0 +1,105 @@
+"""From logits to a token: pure functions of one request's logits, parameters and random numbers.
+
+They know nothing of batches or rows, so a request's neighbours cannot change its tokens.
+
+Shapes: V vocabulary, N positions of one request.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from codellama.config import SamplingParams
+from codellama.generation.request import TokenScore
+
+_CANDIDATES = 256
+"""top_p looks at so many most probable tokens first: sorting all 32,016 costs far more than choosing the top."""
+
+
+def sample(logits: Tensor, params: SamplingParams, uniform: float, ids: Sequence[int]) -> Tensor:
+    """Choose the next token.
+
+    The order is: logits_processor, repetition penalty, temperature, top_k, top_p, min_p; what remains is drawn by the
+    inverse of the cumulative distribution in the order of ids, so that equal inputs give equal tokens on any device.
+
+    Args:
+        logits: float32 `[V]`; not changed.
+        params: what the request asks for.
+        uniform: a random number in [0, 1).
+        ids: prompt and output so far.
+
+    Returns:
+        The id, int64 `[]`.
+
+    Raises:
+        ValueError: the logits_processor returned something else than logits.
+    """
+    if params.logits_processor is not None:
+        processed = params.logits_processor(ids, logits.clone())
+        if not isinstance(processed, Tensor) or processed.shape != logits.shape:
+            found = list(processed.shape) if isinstance(processed, Tensor) else type(processed).__name__
+            raise ValueError(f"logits_processor returned {found}; a tensor of {list(logits.shape)} was expected")
+        logits = processed.float()
+    if params.repetition_penalty != 1:
+        logits = penalize(logits, params.repetition_penalty, ids)
+    if params.greedy:
+        return logits.argmax()
+    probs = torch.softmax((logits - logits.max()) / params.temperature, dim=-1)
+    probs = keep_top_k(probs, params.top_k)
+    probs = keep_top_p(probs, params.top_p)
+    if params.min_p > 0:
+        probs = torch.where(probs < params.min_p * probs.max(), 0, probs)
+    cumulative = probs.double().cumsum(0)
+    drawn = torch.searchsorted(cumulative, cumulative[-1] * uniform, right=True)
+    return torch.minimum(drawn, probs.nonzero()[-1, 0])  # rounding must not carry the draw past the last token kept
+
+
+def penalize(logits: Tensor, penalty: float, ids: Sequence[int]) -> Tensor:
+    """Make the tokens of ids less probable, each once."""
+    seen = torch.tensor(sorted(set(ids)), device=logits.device)
+    chosen = logits[seen]
+    return logits.index_copy(0, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+
+
+def keep_top_k(probs: Tensor, top_k: int | None) -> Tensor:
+    """Zero all but the top_k most probable tokens."""
+    if top_k is None or top_k >= probs.numel():
+        return probs
+    kept = probs.topk(top_k)
+    return torch.zeros_like(probs).scatter(0, kept.indices, kept.values)
+
+
+def keep_top_p(probs: Tensor, top_p: float) -> Tensor:
+    """Zero all but the smallest set of most probable tokens that holds top_p of the mass.
+
+    Source: nucleus sampling, arXiv 1904.09751, section 3.1.
+    """
+    if top_p >= 1:
+        return probs
+    target = top_p * probs.sum()
+    values, indices = probs.topk(min(_CANDIDATES, probs.numel()))
+    if values.sum() < target:
+        values, indices = probs.sort(descending=True)
+    before = values.cumsum(0) - values
+    return torch.zeros_like(probs).scatter(0, indices, torch.where(before < target, values, 0))
+
+
+def score(logits: Tensor, ids: Sequence[int], top: int) -> list[TokenScore]:
+    """Log-probabilities of given tokens under the model, temperature 1, nothing cut.
+
+    Args:
+        logits: float32 `[N, V]`.
+        ids: N token ids.
+        top: number of most probable alternatives to report at each position.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
+    if not top:
+        return [TokenScore(value) for value in chosen]
+    best = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
+    rivals = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        TokenScore(value, tuple(zip(row, values, strict=True)))
+        for value, (row, values) in zip(chosen, rivals, strict=True)
+    ]

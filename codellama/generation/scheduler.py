@@ -1,0 +1,155 @@
+"""Which rows run next: requests wait, are given a row, are prefilled in chunks, decode together, and leave.
+
+It knows nothing of the model or of torch. A Batch is all that a rank needs to run one step.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from codellama.config import RuntimeArgs
+from codellama.generation.request import Request
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: T new tokens in each of the cache rows start … start + B - 1.
+
+    Attributes:
+        start: first cache row.
+        tokens: B lists of T ids.
+        positions: where each row's first new token stands; the others follow it.
+        logits_from: logits are wanted for the new tokens from this one on; T for none, T - 1 for the last.
+        requests: whose rows these are, on the leader; None for a row that runs along because rows are a slice.
+    """
+
+    start: int
+    tokens: Sequence[Sequence[int]]
+    positions: Sequence[int]
+    logits_from: int
+    requests: Sequence[Request | None] = field(default=(), compare=False)
+
+    @property
+    def width(self) -> int:
+        """T, the new tokens in each row."""
+        return len(self.tokens[0])
+
+    @property
+    def length(self) -> int:
+        """Cache positions that this step reads or writes."""
+        return max(self.positions) + self.width
+
+    def to_integers(self) -> list[int]:
+        """Flatten for another rank, which never sees the requests."""
+        flat = [token for row in self.tokens for token in row]
+        return [self.start, len(self.tokens), self.logits_from, *self.positions, *flat]
+
+    @classmethod
+    def from_integers(cls, values: Sequence[int]) -> "Batch":
+        """Read what `to_integers` wrote."""
+        start, rows, logits_from = values[:3]
+        positions, flat = values[3 : 3 + rows], values[3 + rows :]
+        width = len(flat) // rows
+        tokens = [flat[row * width : (row + 1) * width] for row in range(rows)]
+        return cls(start, tokens, positions, logits_from)
+
+
+class Scheduler:
+    """Gives rows to requests in the order they came, and makes the next step's batch."""
+
+    def __init__(self, runtime: RuntimeArgs) -> None:
+        """Start with all rows free."""
+        self._runtime = runtime
+        self._waiting: deque[Request] = deque()
+        self._rows: list[Request | None] = [None] * runtime.max_batch_size
+        self._lengths = [0] * runtime.max_batch_size  # tokens that a row holds, kept when it is freed
+        self._decode_next = False
+
+    @property
+    def busy(self) -> bool:
+        """True while a request waits or runs."""
+        return bool(self._waiting) or any(self._rows)
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for a row; one that asks for nothing is finished at once."""
+        if request.n_max == 0 and not request.scores_prompt:
+            request.finish("length")
+        else:
+            self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request wherever it is."""
+        if request.finish_reason is not None:
+            return
+        if request.row is None:
+            self._waiting.remove(request)
+        request.finish("cancelled")
+        self._free()
+
+    def clear(self) -> None:
+        """Forget everything, after a failure."""
+        self._waiting.clear()
+        self._rows = [None] * len(self._rows)
+        self._lengths = [0] * len(self._lengths)
+
+    def schedule(self) -> Batch | None:
+        """Make the next batch, or None when there is nothing to do.
+
+        Prompts come before decoding, so that rows decode together; between the chunks of a long prompt the running
+        rows decode once, so that a stream keeps moving.
+        """
+        self._admit()
+        running = [request for request in self._rows if request is not None]
+        prefill = next((request for request in running if request.prefilling), None)
+        decode = [request for request in running if not request.prefilling]
+        if prefill is not None and not (self._decode_next and decode):
+            return self._prefill(prefill)
+        self._decode_next = False
+        return self._decode(decode) if decode else None
+
+    def commit(self, batch: Batch) -> None:
+        """Account for a batch that was run and whose requests have taken their tokens: free the rows that are done."""
+        for request in batch.requests:
+            if request is not None:
+                assert request.row is not None, "a request in a batch has a row"
+                request.n_cached += batch.width
+                self._lengths[request.row] = request.n_cached
+                if request.finish_reason is None and not request.prefilling and request.n_max == 0:
+                    request.finish("length")  # the prompt is scored; there is nothing to generate
+        self._free()
+
+    def _admit(self) -> None:
+        for row, request in enumerate(self._rows):
+            if request is None and self._waiting:
+                admitted = self._waiting.popleft()
+                admitted.row = row
+                self._rows[row] = admitted
+                self._lengths[row] = 0
+
+    def _free(self) -> None:
+        for row, request in enumerate(self._rows):
+            if request is not None and request.finish_reason is not None:
+                self._rows[row] = None
+
+    def _prefill(self, request: Request) -> Batch:
+        assert request.row is not None, "an admitted request has a row"
+        chunk = request.prompt[request.n_cached : request.n_cached + self._runtime.chunk_size]
+        last = request.n_cached + len(chunk) == len(request.prompt)
+        self._decode_next = not last
+        unscored = len(chunk) - 1 if last else len(chunk)
+        logits_from = 0 if request.scores_prompt else unscored
+        return Batch(request.row, [chunk], [request.n_cached], logits_from, [request])
+
+    def _decode(self, decode: Sequence[Request]) -> Batch:
+        rows = [request.row for request in decode if request.row is not None]
+        span = range(min(rows), max(rows) + 1)
+        tokens, positions, requests = [], [], []
+        for row in span:
+            owner = self._rows[row]
+            active = owner if owner is not None and not owner.prefilling else None
+            requests.append(active)
+            tokens.append([active.output[-1] if active else 0])
+            # A row that runs along writes at its own next position: a free one past what it keeps, a prefilling one
+            # where its next chunk will be written.
+            positions.append(min(self._lengths[row], self._runtime.max_seq_len - 1))
+        return Batch(span.start, tokens, positions, 0, requests)

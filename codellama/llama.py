@@ -1,0 +1,413 @@
+"""The generator that people embed: text and chats in, text out; the same call on every rank of a torchrun.
+
+It turns prompts into requests and results into dicts. It knows nothing of rows, batches or sampling.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, Unpack
+
+import torch
+
+from codellama.cache import KVCache
+from codellama.checkpoint import load_model, open_checkpoint
+from codellama.config import RuntimeArgs, SamplingParams
+from codellama.device import choose_device, choose_dtype, free_memory
+from codellama.errors import PromptError
+from codellama.generation.engine import Engine
+from codellama.generation.prompt import Prompt, PromptMaker
+from codellama.generation.request import Completion
+from codellama.generation.runner import Runner
+from codellama.generation.scheduler import Scheduler
+from codellama.memory import plan_budget
+from codellama.model import Transformer
+from codellama.parallel import Parallel, join
+from codellama.prompts import Dialog
+from codellama.results import (
+    Answer,
+    ChatPrediction,
+    CompletionPrediction,
+    InfillingPrediction,
+    Prediction,
+    SamplingOptions,
+)
+from codellama.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+DEMO = Path(__file__).parent / "demo"
+"""The bundled demo checkpoint: a small model of our own training, not Meta's weights. See its MODEL_CARD.md."""
+
+
+class Llama:
+    """Generates with one model.
+
+    Under torchrun every rank makes the same calls in the same order; world rank 0's arguments count, and every rank
+    gets all results. Calls from several threads queue.
+
+    Attributes:
+        model: this rank's Transformer, for research code.
+        tokenizer: text to ids and back.
+        runtime: max_seq_len, max_batch_size, chunk_size.
+        parallel: this rank's place.
+        prompts: makes prompts; engine: runs them.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        runtime: RuntimeArgs | None = None,
+        parallel: Parallel | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Wrap a loaded model; most callers want `Llama.build`."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.runtime = runtime or RuntimeArgs()
+        self.parallel = parallel or Parallel()
+        weight = model.norm.weight
+        cache = KVCache.allocate(
+            n_layers=model.args.n_layers,
+            rows=self.runtime.max_batch_size,
+            max_seq_len=self.runtime.max_seq_len,
+            n_local_kv_heads=max(1, model.args.kv_heads // self.parallel.size),
+            head_dim=model.args.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        runner = Runner(model, cache, weight.device)
+        self.engine = Engine(runner, Scheduler(self.runtime), self.parallel)
+        self.prompts = PromptMaker(tokenizer, model.args.vocab_size, self.runtime.max_seq_len, seed)
+        self._calls = threading.Lock()
+        self._caller: int | None = None
+
+    @staticmethod
+    def build(
+        ckpt_dir: str | Path | None = None,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int = 2048,
+        max_batch_size: int = 4,
+        model_parallel_size: int | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        seed: int | None = None,
+        rope_theta: float | None = None,
+        chunk_size: int = 2048,
+        progress: bool | None = None,
+    ) -> "Llama":
+        """Load a checkpoint, on one process or on as many as torchrun started.
+
+        Args:
+            ckpt_dir: folder of the weights; None is the bundled demo checkpoint.
+            tokenizer_path: None is `tokenizer.model` beside the weights.
+            max_seq_len: tokens that a row of the cache holds, prompt and generation together.
+            max_batch_size: requests that are decoded at once; a call with more queues them.
+            model_parallel_size: ranks that share one copy of the weights; None is all. With fewer than all, the copies
+                share the prompts of a call.
+            device: "cpu", "cuda" or "cuda:N"; None is this rank's GPU where there is one.
+            dtype: None is bfloat16 where the hardware computes it, else float16 on a GPU and float32 on a CPU.
+            seed: makes the requests that bring no seed of their own repeat from run to run.
+            rope_theta: for a params.json that has none.
+            chunk_size: prompts are prefilled in chunks of so many tokens.
+            progress: show a loading bar; None is on world rank 0 when stderr is a terminal.
+
+        Raises:
+            CheckpointError: the files are not what they should be.
+            ParallelSizeError: the model does not split over that many ranks.
+            MemoryBudgetError: weights, cache and workspace do not fit.
+            RankError: another rank is gone.
+        """
+        runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size)
+        device = choose_device(device)
+        dtype = choose_dtype(dtype, device)
+        parallel = join(model_parallel_size, device)
+        first = parallel.world_rank == 0
+        if ckpt_dir is None and first:
+            logger.info("no ckpt_dir given: using the bundled demo checkpoint, a small model that is not Meta's")
+        checkpoint = parallel.agree(lambda: open_checkpoint(ckpt_dir or DEMO, tokenizer_path, rope_theta))
+
+        def check() -> str:
+            parallel.check_divides(checkpoint.args)
+            budget = plan_budget(checkpoint.args, runtime, parallel.size, dtype.itemsize)
+            free = free_memory(device)
+            budget.check(free, runtime)
+            return budget.describe(free)
+
+        line = parallel.agree(check)
+        if first:
+            logger.info("%s, %s on %d rank(s); %s", str(dtype).removeprefix("torch."), device, parallel.size, line)
+        show = first if progress is None else progress
+        model = parallel.agree(lambda: load_model(checkpoint, parallel, device, dtype, show))
+        return Llama(model, checkpoint.tokenizer(), runtime=runtime, parallel=parallel, seed=seed)
+
+    def generate(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+        stop_token: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Continue token ids.
+
+        Args:
+            prompt_tokens: one list of ids per prompt, bos included.
+            max_gen_len: tokens to generate at most; None is as many as the row holds.
+            temperature: 0 is greedy.
+            top_p: 0 is greedy, 1 keeps all.
+            logprobs: also return log-probabilities, one for each returned token.
+            echo: return the prompt's ids before the generated ones.
+            stop_token: ends a generation and is not returned; None is eos.
+            options: see SamplingOptions.
+
+        Returns:
+            Ids per prompt, and their log-probabilities or None.
+
+        Raises:
+            PromptError: a prompt without ids, or ids outside the vocabulary.
+            ContextLengthError: a prompt that leaves no room.
+        """
+        stop_id = self.tokenizer.eos_id if stop_token is None else stop_token
+
+        def make() -> list[Prompt]:
+            params = _params(options, temperature, top_p, max_gen_len, logprobs, echo, stop_id)
+            return [self.prompts.ids(ids, params, f"prompt {i}") for i, ids in enumerate(_listed(prompt_tokens))]
+
+        done = self._complete(make, options)
+        ids = [list(completion.tokens) for completion in done]
+        return ids, [[s.logprob for s in completion.scores] for completion in done] if logprobs else None
+
+    def score(self, prompt_tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities of given token ids under the model, in nats.
+
+        Returns:
+            One list per prompt, one number per id; the first id is given, so its log-probability is 0.
+        """
+        return self.generate(prompt_tokens, 0, temperature=0, logprobs=True, echo=True)[1] or []
+
+    def text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> list[CompletionPrediction]:
+        """Continue texts; prompt + generation is exactly the text. See `generate` for the arguments."""
+
+        def make() -> list[Prompt]:
+            params = _params(options, temperature, top_p, max_gen_len, logprobs, echo)
+            return [self.prompts.text(text, params, f"prompt {i}") for i, text in enumerate(_listed(prompts))]
+
+        done = self._complete(make, options)
+        results: list[CompletionPrediction] = []
+        for text, completion in zip(prompts, done, strict=True):
+            generation = text + completion.text if echo else completion.text
+            results.append({"generation": generation, **self._describe(completion, logprobs, options)})
+        return results
+
+    def text_infilling(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        suffix_first: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> list[InfillingPrediction]:
+        """Fill the gaps between prefixes and suffixes. See `generate` for the other arguments.
+
+        Raises:
+            PromptError: the tokenizer has no infilling pieces, or the numbers of prefixes and suffixes differ.
+        """
+
+        def make() -> list[Prompt]:
+            params = _params(options, temperature, top_p, max_gen_len, logprobs)
+            if len(_listed(prefixes)) != len(_listed(suffixes)):
+                raise PromptError(
+                    f"{len(prefixes)} prefixes but {len(suffixes)} suffixes; one of each belongs to a gap"
+                )
+            gaps = enumerate(zip(prefixes, suffixes, strict=True))
+            return [self.prompts.gap(*gap, params, suffix_first, f"gap {index}") for index, gap in gaps]
+
+        done = self._complete(make, options)
+        results: list[InfillingPrediction] = []
+        for before, after, completion in zip(prefixes, suffixes, done, strict=True):
+            full = before + completion.text + after
+            described = self._describe(completion, logprobs, options)
+            results.append({"generation": completion.text, "full_text": full, **described})
+        return results
+
+    def chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        *,
+        allow_special_tags: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> list[ChatPrediction]:
+        """Answer chats; white space around an answer is dropped. See `generate` for the other arguments.
+
+        Args:
+            dialogs: one chat each: an optional system message, then user and assistant in turn.
+            allow_special_tags: let contents hold the chat format's own tags, as plain text.
+
+        Raises:
+            PromptError: roles out of order, or a tag inside a message; naming the message.
+        """
+
+        def make() -> list[Prompt]:
+            params = _params(options, temperature, top_p, max_gen_len, logprobs)
+            chats = enumerate(_listed(dialogs))
+            return [self.prompts.chat(chat, params, allow_special_tags, f"dialog {index}") for index, chat in chats]
+
+        results: list[ChatPrediction] = []
+        for completion in self._complete(make, options):
+            answer: Answer = {"role": "assistant", "content": completion.text}
+            if self.tokenizer.step_id is not None:
+                answer["destination"] = "user"
+            results.append({"generation": answer, **self._describe(completion, logprobs, options)})
+        return results
+
+    def stream_completion(
+        self,
+        prompt: str,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[str]:
+        """Yield the pieces of text_completion's generation as they become certain; nothing on other ranks."""
+        return self._stream(
+            lambda: self.prompts.text(prompt, _params(options, temperature, top_p, max_gen_len)), options
+        )
+
+    def stream_infilling(
+        self,
+        prefix: str,
+        suffix: str,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        suffix_first: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[str]:
+        """Yield the pieces of text_infilling's generation as they become certain; nothing on other ranks."""
+        return self._stream(
+            lambda: self.prompts.gap(prefix, suffix, _params(options, temperature, top_p, max_gen_len), suffix_first),
+            options,
+        )
+
+    def stream_chat(
+        self,
+        dialog: Dialog,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        *,
+        allow_special_tags: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[str]:
+        """Yield the pieces of chat_completion's content as they become certain; nothing on other ranks."""
+        return self._stream(
+            lambda: self.prompts.chat(dialog, _params(options, temperature, top_p, max_gen_len), allow_special_tags),
+            options,
+        )
+
+    def _complete(self, make: Callable[[], list[Prompt]], options: SamplingOptions) -> list[Completion]:
+        """Run one batch call on all ranks: world rank 0 checks and deals, each replica's leader runs its share."""
+        processor = options.get("logits_processor")
+        with self._turn():
+            mine = self.parallel.deal(make)
+
+            def work() -> list[Completion]:
+                if self.parallel.is_leader:
+                    return self.engine.run([self.prompts.request(prompt, processor) for prompt in mine])
+                self.engine.follow()
+                return []
+
+            return self.parallel.collect(work)
+
+    def _stream(self, make: Callable[[], Prompt], options: SamplingOptions) -> Iterator[str]:
+        """Run one streaming call on all ranks; the text comes out on world rank 0 alone."""
+        with self._turn():
+            mine = self.parallel.deal(lambda: [make()])
+            with self.parallel.together():
+                if not self.parallel.is_leader:
+                    self.engine.follow()
+                elif not mine:
+                    self.engine.run([])
+                else:
+                    request = self.prompts.request(mine[0], options.get("logits_processor"))
+                    yield from (delta.text for delta in self.engine.stream(request) if delta.text)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Let one call in at a time."""
+        if self._caller == threading.get_ident():
+            raise RuntimeError("this thread has an open stream of this generator: exhaust it or close() it first")
+        with self._calls:
+            self._caller = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._caller = None
+
+    def _describe(self, completion: Completion, logprobs: bool, options: SamplingOptions) -> Prediction:
+        """Write the keys that all results share."""
+        described: Prediction = {"finish_reason": completion.finish_reason}
+        piece = self.tokenizer.token_piece
+        if logprobs:
+            described["tokens"] = [piece(id) for id in completion.tokens]
+            described["logprobs"] = [score.logprob for score in completion.scores]
+        if options.get("top_logprobs"):
+            described["top_logprobs"] = [{piece(id): value for id, value in s.top} for s in completion.scores]
+        return described
+
+
+def _params(
+    options: SamplingOptions,
+    temperature: float,
+    top_p: float,
+    max_gen_len: int | None,
+    logprobs: bool = False,
+    echo: bool = False,
+    stop_token: int | None = None,
+) -> SamplingParams:
+    """Check the arguments of a call; the prompt's kind sets the stop tokens where none is given here."""
+    stop = options.get("stop", ())
+    asked: dict[str, Any] = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    return SamplingParams(
+        **asked,
+        temperature=temperature,
+        top_p=top_p,
+        max_gen_len=max_gen_len,
+        logprobs=logprobs or bool(options.get("top_logprobs")),
+        echo=echo,
+        stop_tokens=frozenset() if stop_token is None else frozenset({stop_token}),
+    )
+
+
+def _listed(prompts: Sequence[T]) -> Sequence[T]:
+    """Refuse one prompt where a list of them was expected."""
+    if isinstance(prompts, str | dict) or not isinstance(prompts, Sequence):
+        raise TypeError(f"a list of prompts was expected; found {type(prompts).__name__}")
+    return prompts

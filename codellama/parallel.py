@@ -1,0 +1,296 @@
+"""Model parallelism: which rank we are, how ranks talk, and fairscale's parallel layers with our collectives.
+
+The only file that imports fairscale; with `channel.py`, the only one that talks to other ranks. It knows nothing of
+requests or text.
+
+fairscale's layers need its own global groups, refuse to be set up twice and touch a whole master weight, so ours are
+subclasses that take rank, size and group from a Parallel object and start on the meta device; isinstance, weight names
+and weight axes stay fairscale's.
+
+Shapes: features are split over the ranks of one model-parallel group; every rank sees the same tokens.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import layers as fairscale
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from codellama.channel import Channel, Failure, outcome_of, unwrap
+from codellama.config import ModelArgs
+from codellama.errors import CodeLlamaError, ParallelSizeError, RankError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process's place among the others; the default is to be alone.
+
+    Ranks of one replica are neighbours: world rank = replica · size + rank.
+
+    Attributes:
+        rank: place in the model-parallel group, which holds one copy of the weights together.
+        size: number of ranks in that group.
+        replica: which copy of the weights this rank belongs to.
+        n_replicas: number of copies, each with its own leader (rank 0).
+        group: for the collectives inside the model; None at size 1.
+        channel: from this replica's leader to its other ranks; None at size 1.
+        world: from world rank 0 to all others; None in a world of one, the same as channel where there is one replica.
+    """
+
+    rank: int = 0
+    size: int = 1
+    replica: int = 0
+    n_replicas: int = 1
+    group: dist.ProcessGroup | None = None
+    channel: Channel | None = None
+    world: Channel | None = None
+
+    @property
+    def world_rank(self) -> int:
+        """Place among all processes."""
+        return self.replica * self.size + self.rank
+
+    @property
+    def is_leader(self) -> bool:
+        """True on the rank that decides tokens for its replica."""
+        return self.rank == 0
+
+    def check_divides(self, args: ModelArgs) -> None:
+        """Refuse a model that cannot be split over this many ranks.
+
+        Raises:
+            ParallelSizeError: naming what does not divide.
+        """
+        sizes = {
+            "n_heads": args.n_heads,
+            "dim": args.dim,
+            "hidden_dim": args.hidden_dim,
+            "vocab_size": args.vocab_size,
+        }
+        odd = [f"{name} {value}" for name, value in sizes.items() if value % self.size]
+        if args.kv_heads % self.size and self.size % args.kv_heads:
+            odd.append(f"n_kv_heads {args.kv_heads} (neither divides the other)")
+        if odd:
+            raise ParallelSizeError(
+                f"this model cannot be split over {self.size} ranks, which does not divide {', '.join(odd)}: "
+                f"choose another model_parallel_size"
+            )
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Let world rank 0 alone make a value and give it to all ranks, or raise its error on all of them."""
+        if self.world is None:
+            return make()
+        if self.world_rank == 0:
+            outcome = outcome_of(make)
+            self.world.send_object(outcome)
+        else:
+            outcome = self.world.receive_object()
+        return unwrap(outcome)
+
+    def deal(self, make: Callable[[], list[T]]) -> list[T]:
+        """Let world rank 0 alone make a list, of which each replica's leader gets every n-th; other ranks get none.
+
+        What `make` raises is raised on all ranks.
+        """
+        made: list[T] = []
+
+        def make_here() -> list[T]:
+            made.extend(make())
+            return made if self.n_replicas > 1 else []  # with one replica, no other rank needs to see it
+
+        dealt = self.share(make_here)
+        mine = made if self.world_rank == 0 else dealt
+        return mine[self.replica :: self.n_replicas] if self.is_leader else []
+
+    def agree(self, make: Callable[[], T]) -> T:
+        """Let each rank make its own value; where any of them fails, raise the first failure on all ranks."""
+        if self.world is None:
+            return make()
+        outcome = outcome_of(make)
+        failure = outcome if isinstance(outcome, Failure) else None
+        failures = self.world.gather_objects(failure)
+        unwrap(next((failure for failure in failures if failure is not None), None))
+        return unwrap(outcome)
+
+    def collect(self, make: Callable[[], list[T]]) -> list[T]:
+        """Let each leader make its share of a list that was dealt, and give the whole, in order, to all ranks.
+
+        What `make` raises on a leader is raised on all ranks; what it raises on another rank ends that rank, since its
+        leader waits for it inside the model.
+        """
+        if self.world is None:
+            return make()
+        outcome: list[T] | Failure = outcome_of(make) if self.is_leader else make()
+        hands = [unwrap(hand) for hand in self.world.gather_objects(outcome)[:: self.size]]
+        whole: list[T] = []
+        for index in range(sum(map(len, hands))):
+            whole.append(hands[index % self.n_replicas][index // self.n_replicas])
+        return whole
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a body on all ranks; what it raises on a leader is raised on all of them when it is over."""
+        failure: list[Failure] = []
+        try:
+            yield
+        except GeneratorExit:  # closed early, which is no failure
+            self._settle(failure)
+            raise
+        except RankError:
+            raise
+        except Exception as error:
+            if self.world is None or not self.is_leader:
+                raise
+            failure.append(Failure(error))
+        self._settle(failure)
+
+    def _settle(self, failure: list[Failure]) -> None:
+        if self.world is not None:
+            for failures in self.world.gather_objects(failure):
+                for found in failures:
+                    unwrap(found)
+
+
+def join(model_parallel_size: int | None, device: torch.device) -> Parallel:
+    """Find this process's place: alone in plain Python, or under torchrun one of WORLD_SIZE.
+
+    A world of one uses no process group and no port. A caller's own default process group is used where there is one.
+    Every call makes groups of its own, on all ranks, so a second generator in one process is independent of the first.
+
+    Args:
+        model_parallel_size: ranks that share one copy of the weights; None means all of them.
+        device: where the collectives of the model run: NCCL on CUDA where it is built in, gloo elsewhere.
+
+    Raises:
+        ParallelSizeError: the size does not divide the world.
+    """
+    in_group = dist.is_available() and dist.is_initialized()
+    world_size = dist.get_world_size() if in_group else int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size if model_parallel_size is None else model_parallel_size
+    if size < 1 or world_size % size:
+        raise ParallelSizeError(
+            f"model_parallel_size {size} does not fit {world_size} processes: start a multiple of it, "
+            f"torchrun --nproc_per_node {max(size, 1)} …"
+        )
+    if world_size == 1:
+        return Parallel()
+    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    if not in_group:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise RankError(f"WORLD_SIZE is {world_size} but {', '.join(missing)} is not set: start with torchrun")
+        dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+    world_rank, n_replicas = dist.get_rank(), world_size // size
+    replica, rank = divmod(world_rank, size)
+    group, channel = None, None
+    for index in range(n_replicas):  # every process takes part in the making of every group
+        members = list(range(index * size, (index + 1) * size))
+        made = dist.new_group(members, backend=backend) if size > 1 else None
+        control = dist.new_group(members, backend="gloo", timeout=CONTROL_TIMEOUT) if size > 1 else None
+        if index == replica:
+            group, channel = made, Channel(control, members) if control is not None else None
+    everyone = list(range(world_size))
+    world = channel
+    if n_replicas > 1:
+        world = Channel(dist.new_group(everyone, backend="gloo", timeout=CONTROL_TIMEOUT), everyone)
+    return Parallel(rank, size, replica, n_replicas, group, channel, world)
+
+
+CONTROL_TIMEOUT = timedelta(days=365)
+"""A rank may wait for its leader as long as a person thinks; a leader that died closes the connection at once."""
+
+
+def sum_over_ranks(x: Tensor, parallel: Parallel) -> Tensor:
+    """Add up the ranks' tensors, in place.
+
+    Raises:
+        RankError: a rank is gone.
+    """
+    if parallel.size > 1:
+        try:
+            dist.all_reduce(x, group=parallel.group)
+        except RuntimeError as error:
+            raise lost_contact(parallel, error) from error
+    return x
+
+
+def gather_last(x: Tensor, parallel: Parallel) -> Tensor:
+    """Join the ranks' parts along the last axis, in rank order.
+
+    Raises:
+        RankError: a rank is gone.
+    """
+    if parallel.size == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(parallel.size)]
+    try:
+        dist.all_gather(parts, x.contiguous(), group=parallel.group)
+    except RuntimeError as error:
+        raise lost_contact(parallel, error) from error
+    return torch.cat(parts, dim=-1)
+
+
+def lost_contact(parallel: Parallel, error: RuntimeError) -> CodeLlamaError:
+    """Say in one line what a failed collective means."""
+    first = str(error).strip().split("\n")[0]
+    return RankError(f"rank {parallel.world_rank} lost contact with another rank, which died or raised ({first})")
+
+
+class ColumnParallelLinear(fairscale.ColumnParallelLinear):
+    """A linear layer whose output features are split: weight `[out_features / size, in_features]`."""
+
+    def __init__(self, in_features: int, out_features: int, parallel: Parallel, gather_output: bool = False) -> None:
+        """Make this rank's rows; with gather_output every rank gets all output features."""
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.gather_output = gather_output
+        self.parallel = parallel
+        self.weight = nn.Parameter(torch.empty(out_features // parallel.size, in_features, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., in_features]` to `[..., out_features]`, or to this rank's share of it."""
+        y = F.linear(x, self.weight)
+        return gather_last(y, self.parallel) if self.gather_output else y
+
+
+class RowParallelLinear(fairscale.RowParallelLinear):
+    """A linear layer whose input features are split: weight `[out_features, in_features / size]`."""
+
+    def __init__(self, in_features: int, out_features: int, parallel: Parallel) -> None:
+        """Make this rank's columns."""
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.parallel = parallel
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // parallel.size, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map this rank's `[..., in_features / size]` to the sum over ranks, `[..., out_features]`."""
+        y = F.linear(x, self.weight)
+        return sum_over_ranks(y, self.parallel)
+
+
+class ParallelEmbedding(fairscale.ParallelEmbedding):
+    """An embedding whose dimension, not its vocabulary, is split: weight `[num_embeddings, embedding_dim / size]`."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, parallel: Parallel) -> None:
+        """Make this rank's columns."""
+        nn.Module.__init__(self)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.parallel = parallel
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim // parallel.size, device="meta"))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map ids `[...]` to `[..., embedding_dim]` on every rank."""
+        return gather_last(F.embedding(tokens, self.weight), self.parallel)

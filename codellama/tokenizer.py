@@ -1,0 +1,138 @@
+"""SentencePiece with Code Llama's special ids, and exact decoding, whole or token by token.
+
+It knows nothing of prompt formats: which ids surround a text is written in `prompts/`. Text never encodes to the id of
+a special piece; such ids come from the attributes below alone, so that no text can forge a prompt's structure.
+"""
+
+import codecs
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from codellama.errors import CheckpointError, PromptError
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+"""normalizer_spec {add_dummy_prefix: false} in protobuf: appended to a model it overrides that one field, since a
+repeated message is merged. Source: sentencepiece_model.proto, and protobuf's encoding rules ("last one wins")."""
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        n_words: size of the vocabulary.
+        bos_id: begin of sequence; eos_id: end of sequence; pad_id: -1, since there is no such piece.
+        prefix_id, suffix_id, middle_id, eot_id: the infilling pieces, None where the tokenizer lacks them.
+        step_id: end of a message in the 70B chat format, None where the tokenizer lacks it.
+    """
+
+    def __init__(self, model_path: str | Path) -> None:
+        """Load a `tokenizer.model`.
+
+        Raises:
+            CheckpointError: no such file, or not a SentencePiece model.
+        """
+        path = Path(model_path)
+        if not path.is_file():
+            raise CheckpointError(f"no tokenizer at {path}: pass tokenizer_path, the release's tokenizer.model")
+        content = path.read_bytes()
+        try:
+            self._spaced = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self._plain = sentencepiece.SentencePieceProcessor(model_proto=content + _NO_DUMMY_PREFIX)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} ({len(content)} bytes) is not a SentencePiece model") from error
+        self.n_words: int = self._spaced.vocab_size()
+        self.bos_id: int = self._spaced.bos_id()
+        self.eos_id: int = self._spaced.eos_id()
+        self.pad_id: int = self._spaced.pad_id()
+        self.prefix_id = self._find(f"{_SPACE}<PRE>")
+        self.suffix_id = self._find(f"{_SPACE}<SUF>")
+        self.middle_id = self._find(f"{_SPACE}<MID>")
+        self.eot_id = self._find(f"{_SPACE}<EOT>")
+        self.step_id = self._find("<step>")
+        special = (self.prefix_id, self.suffix_id, self.middle_id, self.eot_id, self.step_id)
+        self._spelled = {id: self._spell(id) for id in special if id is not None}
+        self._bytes = [self._piece_bytes(id) for id in range(self.n_words)]
+
+    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+        """Encode a text as SentencePiece does, with its implicit leading space; special pieces are spelled out."""
+        ids = self._spell_out(self._spaced.encode(_checked(s)))
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_infilling(self, s: str) -> list[int]:
+        """Encode a text that continues another one: without the implicit leading space."""
+        return self._spell_out(self._plain.encode(_checked(s)))
+
+    def decode(self, t: Sequence[int]) -> str:
+        """Decode ids that begin a text: the implicit leading space is dropped, as SentencePiece does."""
+        text = self.decode_infilling(t)
+        return text.removeprefix(" ")
+
+    def decode_infilling(self, t: Sequence[int]) -> str:
+        """Decode ids that continue a text, byte for byte; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(self._bytes[id] for id in t).decode("utf-8", errors="replace")
+
+    def token_piece(self, t: int) -> str:
+        """Return the piece as the vocabulary spells it."""
+        piece: str = self._spaced.id_to_piece(t)
+        return piece
+
+    def _find(self, piece: str) -> int | None:
+        id: int = self._spaced.piece_to_id(piece)
+        return id if self._spaced.id_to_piece(id) == piece else None  # an unknown piece reads as the unk id
+
+    def _spell(self, id: int) -> list[int]:
+        """Spell a special piece in ordinary ones: all but its last character, then that."""
+        text: str = self._spaced.id_to_piece(id).replace(_SPACE, " ")
+        ids: list[int] = self._plain.encode(text[:-1]) + self._plain.encode(text[-1])
+        assert id not in ids, "a special piece is not made of itself"
+        return ids
+
+    def _spell_out(self, ids: list[int]) -> list[int]:
+        if self._spelled.keys().isdisjoint(ids):
+            return ids
+        return [part for id in ids for part in self._spelled.get(id, [id])]
+
+    def _piece_bytes(self, id: int) -> bytes:
+        """Return what an id adds to the text; nothing for control pieces, whatever comes before for all others."""
+        if self._spaced.is_control(id):
+            return b""
+        if self._spaced.is_unknown(id):
+            return " \N{DOUBLE QUESTION MARK} ".encode()  # SentencePiece's default surface of unk
+        piece: str = self._spaced.id_to_piece(id)
+        if self._spaced.is_byte(id):
+            match = _BYTE_PIECE.fullmatch(piece)
+            assert match is not None, f"byte piece {piece!r}"
+            return bytes([int(match[1], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+
+class TextDecoder:
+    """Decode ids one by one; what it returns concatenates to exactly what decoding them at once gives."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Begin a text that continues another one, as a generation continues its prompt."""
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Add ids and return the text that is now certain: an unfinished UTF-8 sequence is held back."""
+        return self._utf8.decode(b"".join(self._tokenizer._bytes[id] for id in ids))
+
+    def finish(self) -> str:
+        """Return what was held back; unfinished sequences become U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _checked(text: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"text is a {type(text).__name__}; a string was expected")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"text holds a lone surrogate at character {error.start}; it is not valid Unicode") from error
+    return text

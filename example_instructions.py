@@ -1,0 +1,66 @@
+"""Ask a Code Llama Instruct model.
+
+    python example_instructions.py
+    torchrun --nproc_per_node 2 example_instructions.py --ckpt_dir CodeLlama-13b-Instruct
+
+Without --ckpt_dir it uses the small demo checkpoint. --prompt_file FILE (- is standard input) asks your own question.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import fire
+
+from codellama import CodeLlamaError, Dialog, Llama
+
+DIALOGS: list[Dialog] = [
+    [{"role": "user", "content": "Write a Python function that checks whether a number is prime."}],
+    [
+        {"role": "system", "content": "Answer with Python code."},
+        {"role": "user", "content": "Write a function that reverses a string."},
+    ],
+    [
+        {"role": "user", "content": "Write a function that adds two numbers."},
+        {"role": "assistant", "content": "Here is `add`:\n\n```python\ndef add(a, b):\n    return a + b\n```"},
+        {"role": "user", "content": "Write a function that counts the words in a text."},
+    ],
+]
+
+
+def flags(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    temperature: float = 0.2,
+    top_p: float = 0.95,
+    max_seq_len: int = 512,
+    max_batch_size: int = 8,
+    max_gen_len: int | None = None,
+    prompt_file: str | None = None,
+) -> dict[str, Any]:
+    """Name the flags; they are checked before anything is loaded."""
+    return locals()
+
+
+def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file: str | None, **build: Any) -> None:
+    """Ask and print the answers."""
+    llama = Llama.build(**build)
+    dialogs = DIALOGS
+    if prompt_file is not None:
+        question = sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text()
+        dialogs = [[{"role": "user", "content": question}]]
+    results = llama.chat_completion(dialogs, temperature, top_p, max_gen_len)
+    if llama.parallel.world_rank == 0:
+        for dialog, result in zip(dialogs, results, strict=True):
+            for message in [*dialog, result["generation"]]:
+                print(f"\033[1m{message['role']}\033[0m: {message['content']}\n")
+            print("─" * 40)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main(**fire.Fire(flags, serialize=lambda _: None))
+    except CodeLlamaError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,97 @@
+"""Rung 2 of the parity ladder: the cache is right."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from codellama.cache import KVCache
+from codellama.model import Transformer
+from tests.support import tiny
+from tests.support.oracle import oracle_logits
+
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return tiny.whole_model(tiny.ARGS, tiny.random_weights(tiny.ARGS))
+
+
+def new_cache(rows: int = 5, max_seq_len: int = 64) -> KVCache:
+    return KVCache.allocate(
+        n_layers=tiny.ARGS.n_layers,
+        rows=rows,
+        max_seq_len=max_seq_len,
+        n_local_kv_heads=tiny.ARGS.kv_heads,
+        head_dim=tiny.ARGS.head_dim,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+def ids_of(seed: int) -> list[int]:
+    return torch.randint(tiny.VOCAB, (LENGTH,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.inference_mode()
+def run(model: Transformer, cache: KVCache, row: int, ids: list[int], chunks: list[int]) -> Tensor:
+    """Logits of all positions, computed chunk by chunk in one row of a cache."""
+    logits, done = [], 0
+    for size in chunks:
+        tokens = torch.tensor([ids[done : done + size]])
+        positions = torch.arange(done, done + size)[None]
+        view = cache.rows(row, row + 1).first(done + size)
+        logits.append(model.logits(model(tokens, positions, view))[0])
+        done += size
+    assert done == len(ids)
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize(
+    "chunks", [[LENGTH], [1] * LENGTH, [17, 1, 1, 21], [1, 39], [39, 1], [8] * 5], ids=lambda chunks: f"{len(chunks)}"
+)
+def test_chunks_through_the_cache_equal_one_dense_pass(model: Transformer, chunks: list[int]) -> None:
+    ids = ids_of(1)
+    expected = oracle_logits(tiny.ARGS, tiny.random_weights(tiny.ARGS), ids)
+    difference = (run(model, new_cache(), 3, ids, chunks) - expected).abs().max()
+    assert difference < 3e-5
+
+
+@torch.inference_mode()
+def test_ragged_rows_decode_together_as_they_do_alone(model: Transformer) -> None:
+    cache, lengths = new_cache(), [7, 30, 19]
+    texts = [ids_of(seed) for seed in (2, 3, 4)]
+    for row, (ids, length) in enumerate(zip(texts, lengths, strict=True), start=1):
+        run(model, cache, row, ids[:length], [length])
+    tokens = torch.tensor([[ids[length]] for ids, length in zip(texts, lengths, strict=True)])
+    view = cache.rows(1, 4).first(max(lengths) + 1)
+    logits = model.logits(model(tokens, torch.tensor(lengths)[:, None], view))[:, 0]
+    weights = tiny.random_weights(tiny.ARGS)
+    for row, (ids, length) in enumerate(zip(texts, lengths, strict=True)):
+        expected = oracle_logits(tiny.ARGS, weights, ids[: length + 1])[-1]
+        assert (logits[row] - expected).abs().max() < 3e-5
+
+
+@torch.inference_mode()
+def test_a_row_reads_nothing_of_what_it_held_before(model: Transformer) -> None:
+    cache = new_cache()
+    run(model, cache, 0, ids_of(5), [LENGTH])
+    again = run(model, cache, 0, ids_of(6)[:9], [4, 5])
+    fresh = run(model, new_cache(), 0, ids_of(6)[:9], [4, 5])
+    assert torch.equal(again, fresh)
+
+
+def test_views_share_memory_and_writes_stay_in_their_place() -> None:
+    cache = new_cache(rows=4, max_seq_len=16)
+    key = torch.randn(2, 3, tiny.ARGS.kv_heads, tiny.ARGS.head_dim)
+    positions = torch.tensor([[2, 3, 4], [9, 10, 11]])
+    cache.rows(1, 3).first(12).update_(1, positions, key, -key)
+    for row in range(2):
+        for step in range(3):
+            place = cache.keys[1][row + 1, :, int(positions[row, step])]
+            assert torch.equal(place, key[row, step])
+            assert torch.equal(cache.values[1][row + 1, :, int(positions[row, step])], -key[row, step])
+    written = sum(int(tensor.count_nonzero()) for tensor in (*cache.keys, *cache.values))
+    assert written == 2 * key.numel()
+    cache.zero_()
+    assert not any(tensor.any() for tensor in (*cache.keys, *cache.values))
