@@ -3,7 +3,7 @@
     python example_completion.py
     torchrun --nproc_per_node 2 example_completion.py --ckpt_dir CodeLlama-13b
 
-Without --ckpt_dir it uses the small demo checkpoint. --prompt_file FILE (- is standard input) completes your own text.
+Without --ckpt_dir it uses the small demo checkpoint. --prompt_file FILE (or /dev/stdin) completes your own text.
 """
 
 import logging
@@ -42,7 +42,7 @@ def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file:
     llama = Llama.build(**build)
     prompts = PROMPTS
     if prompt_file is not None:
-        prompts = [sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text()]
+        prompts = llama.parallel.share(lambda: [Path(str(prompt_file)).read_text()])
     results = llama.text_completion(prompts, temperature, top_p, max_gen_len)
     if llama.parallel.world_rank == 0:
         for prompt, result in zip(prompts, results, strict=True):

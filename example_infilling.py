@@ -3,7 +3,7 @@
     python example_infilling.py
     torchrun --nproc_per_node 1 example_infilling.py --ckpt_dir CodeLlama-7b
 
-Without --ckpt_dir it uses the small demo checkpoint. --prompt_file FILE (- is standard input) fills the <FILL> of your
+Without --ckpt_dir it uses the small demo checkpoint. --prompt_file FILE (or /dev/stdin) fills the <FILL> of your
 own text.
 """
 
@@ -42,7 +42,7 @@ def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file:
     llama = Llama.build(**build)
     prompts = PROMPTS
     if prompt_file is not None:
-        prompts = [sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text()]
+        prompts = llama.parallel.share(lambda: [Path(str(prompt_file)).read_text()])
     prefixes, _, suffixes = zip(*(prompt.partition("<FILL>") for prompt in prompts), strict=True)
     results = llama.text_infilling(prefixes, suffixes, temperature, top_p, max_gen_len)
     if llama.parallel.world_rank == 0:

@@ -3,7 +3,7 @@
     python example_instructions.py
     torchrun --nproc_per_node 2 example_instructions.py --ckpt_dir CodeLlama-13b-Instruct
 
-Without --ckpt_dir it uses the small demo checkpoint. --prompt_file FILE (- is standard input) asks your own question.
+Without --ckpt_dir it uses the small demo checkpoint. --prompt_file FILE (or /dev/stdin) asks your own question.
 """
 
 import logging
@@ -18,14 +18,10 @@ from codellama import CodeLlamaError, Dialog, Llama
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "Write a Python function that checks whether a number is prime."}],
     [
-        {"role": "system", "content": "Answer with Python code."},
+        {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Write a function that reverses a string."},
     ],
-    [
-        {"role": "user", "content": "Write a function that adds two numbers."},
-        {"role": "assistant", "content": "Here is `add`:\n\n```python\ndef add(a, b):\n    return a + b\n```"},
-        {"role": "user", "content": "Write a function that counts the words in a text."},
-    ],
+    [{"role": "user", "content": "Can you write a function that counts the words in a text?"}],
 ]
 
 
@@ -48,7 +44,7 @@ def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file:
     llama = Llama.build(**build)
     dialogs = DIALOGS
     if prompt_file is not None:
-        question = sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text()
+        question = llama.parallel.share(lambda: Path(str(prompt_file)).read_text())
         dialogs = [[{"role": "user", "content": question}]]
     results = llama.chat_completion(dialogs, temperature, top_p, max_gen_len)
     if llama.parallel.world_rank == 0:

@@ -121,7 +121,10 @@ COMMANDS = {
 
 def main() -> None:
     """Understand every flag, then work; an error of ours is one line and exit status 1."""
-    work = fire.Fire(COMMANDS, name="codellama", serialize=lambda _: None)
+    args = sys.argv[1:]
+    if "--" not in args:
+        args += ["--", "--separator", "\0"]  # else Fire takes a lone - for itself, and it means standard input
+    work = fire.Fire(COMMANDS, args, name="codellama", serialize=lambda _: None)
     if not isinstance(work, Work):
         return  # help was asked for
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -74,13 +74,12 @@ class Llama:
         self.parallel = parallel or Parallel()
         weight = model.norm.weight
         cache = KVCache.allocate(
-            n_layers=model.args.n_layers,
+            model.args,
             rows=self.runtime.max_batch_size,
             max_seq_len=self.runtime.max_seq_len,
-            n_local_kv_heads=max(1, model.args.kv_heads // self.parallel.size),
-            head_dim=model.args.head_dim,
             dtype=weight.dtype,
             device=weight.device,
+            model_parallel_size=self.parallel.size,
         )
         runner = Runner(model, cache, weight.device)
         self.engine = Engine(runner, Scheduler(self.runtime), self.parallel)

@@ -19,13 +19,7 @@ def model() -> Transformer:
 
 def new_cache(rows: int = 5, max_seq_len: int = 64) -> KVCache:
     return KVCache.allocate(
-        n_layers=tiny.ARGS.n_layers,
-        rows=rows,
-        max_seq_len=max_seq_len,
-        n_local_kv_heads=tiny.ARGS.kv_heads,
-        head_dim=tiny.ARGS.head_dim,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        tiny.ARGS, rows=rows, max_seq_len=max_seq_len, dtype=torch.float32, device=torch.device("cpu")
     )
 
 

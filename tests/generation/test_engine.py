@@ -1,0 +1,139 @@
+"""The loop: what it runs, what it frees, and how it ends. (Neighbours and order: tests/test_llama.py.)"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from codellama.cache import KVCache
+from codellama.config import RuntimeArgs, SamplingParams
+from codellama.generation.engine import Engine
+from codellama.generation.request import Delta, Request
+from codellama.generation.runner import Runner
+from codellama.generation.scheduler import Batch, Scheduler
+from codellama.parallel import Parallel
+from tests.support import tiny
+
+
+class CountingRunner(Runner):
+    """Keeps the batches that it ran."""
+
+    def run(self, batch: Batch) -> Iterator[Tensor]:
+        self.batches.append(batch)
+        return super().run(batch)
+
+
+def new_engine(rows: int = 4, max_seq_len: int = 128, chunk_size: int = 32) -> tuple[Engine, CountingRunner]:
+    model = tiny.whole_model(tiny.ARGS, tiny.random_weights(tiny.ARGS))
+    cpu = torch.device("cpu")
+    cache = KVCache.allocate(tiny.ARGS, rows=rows, max_seq_len=max_seq_len, dtype=torch.float32, device=cpu)
+    runner = CountingRunner(model, cache, cpu)
+    runner.batches = []
+    runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=rows, chunk_size=chunk_size)
+    return Engine(runner, Scheduler(runtime), Parallel()), runner
+
+
+def request(prompt: list[int], n: int | None = 8, max_seq_len: int = 128, **options: object) -> Request:
+    return Request(prompt, SamplingParams(max_gen_len=n, **options), 0, tiny.VOCAB, max_seq_len)
+
+
+def test_prompts_of_different_lengths_are_each_prefilled_whole() -> None:
+    """Two prompts and 16 new tokens each: 2 prefills and 15 steps, not one step per token of the longer prompt."""
+    engine, runner = new_engine(chunk_size=64)
+    engine.run([request([7] * 8, 16), request([9] * 50, 16)])
+    widths = [(len(batch.tokens), batch.width) for batch in runner.batches]
+    assert widths == [(1, 8), (1, 50), *[(2, 1)] * 15]
+
+
+def test_a_finished_row_is_taken_at_once_and_does_not_compute() -> None:
+    engine, runner = new_engine(rows=2)
+    short, long, queued = request([1] * 3, 2), request([2] * 3, 12), request([3] * 3, 2)
+    engine.run([short, long, queued])
+    rows = [(batch.start, len(batch.tokens), batch.width) for batch in runner.batches]
+    # prefill short and long; one step finishes short; queued takes row 0; one step finishes it; long goes on alone
+    assert rows == [(0, 1, 3), (1, 1, 3), (0, 2, 1), (0, 1, 3), (0, 2, 1), *[(1, 1, 1)] * 9]
+
+
+def test_a_step_reads_no_more_of_the_cache_than_is_in_use() -> None:
+    engine, runner = new_engine()
+    engine.run([request([1] * 3, 4)])
+    assert [batch.length for batch in runner.batches] == [3, 4, 5, 6]
+
+
+def test_logits_are_computed_only_where_they_are_used() -> None:
+    engine, runner = new_engine(chunk_size=10)
+    engine.run([request([4] * 25, 2)])
+    assert [(batch.width, batch.logits_from) for batch in runner.batches] == [(10, 10), (10, 10), (5, 4), (1, 0)]
+
+
+def test_running_rows_move_between_the_chunks_of_a_long_prompt() -> None:
+    engine, runner = new_engine(chunk_size=10)
+    first = request([4] * 5, 30)
+    engine.submit(first)
+    engine.step()
+    engine.submit(request([5] * 40, 2))
+    for _ in range(8):
+        engine.step()
+    assert [batch.width for batch in runner.batches[1:]] == [10, 1, 10, 1, 10, 1, 10, 1]
+    assert len(first.output) == 5
+
+
+def test_cancel_ends_a_request_before_the_next_step() -> None:
+    engine, runner = new_engine()
+    deltas: list[Delta] = []
+    running, waiting = request([1] * 3, 50), request([2] * 3, 50)
+    engine.submit(running, deltas.append)
+    for _ in range(3):
+        engine.step()
+    engine.cancel(running)
+    engine.submit(waiting)
+    engine.cancel(waiting)
+    ran = len(runner.batches)
+    assert not engine.step()
+    assert len(runner.batches) == ran
+    assert (running.finish_reason, waiting.finish_reason) == ("cancelled", "cancelled")
+    assert deltas[-1].finish_reason == "cancelled"
+    assert len(running.output) == 3
+    engine.cancel(running)
+    assert not engine.step()
+
+
+def test_a_stream_yields_each_token_and_is_cancelled_when_it_is_closed() -> None:
+    engine, runner = new_engine()
+    asked = request([1] * 3, 6)
+    deltas = list(engine.stream(asked))
+    assert [token for delta in deltas for token in delta.tokens] == asked.output
+    assert [delta.finish_reason for delta in deltas] == [None] * 5 + ["length"]
+    left = request([1] * 3, 60)
+    stream = engine.stream(left)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert left.finish_reason == "cancelled"
+    ran = len(runner.batches)
+    assert not engine.step()
+    assert len(runner.batches) == ran
+
+
+def test_a_failure_clears_the_rows_and_the_cache() -> None:
+    engine, runner = new_engine()
+
+    def explode(ids: object, logits: Tensor) -> Tensor:
+        raise LookupError("from the caller")
+
+    with pytest.raises(LookupError, match="from the caller"):
+        engine.run([request([1] * 3, 5), request([2] * 3, 5, logits_processor=explode)])
+    assert not any(tensor.any() for tensor in (*runner.cache.keys, *runner.cache.values))
+    assert not engine.step()
+    (done,) = engine.run([request([1] * 3, 5)])
+    assert len(done.tokens) == 5
+
+
+def test_scoring_a_prompt_generates_nothing() -> None:
+    engine, runner = new_engine(chunk_size=16)
+    (done,) = engine.run([request([3] * 40, 0, echo=True, logprobs=True)])
+    assert len(done.scores) == len(done.tokens) == 40
+    assert [(batch.width, batch.logits_from) for batch in runner.batches] == [(16, 0), (16, 0), (8, 0)]
+    (nothing,) = engine.run([request([3] * 40, 0)])
+    assert (nothing.tokens, nothing.finish_reason) == ((), "length")
+    assert len(runner.batches) == 3
