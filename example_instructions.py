@@ -17,11 +17,8 @@ from codellama import CodeLlamaError, Dialog, Llama
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "Write a Python function that checks whether a number is prime."}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Write a function that reverses a string."},
-    ],
     [{"role": "user", "content": "Can you write a function that counts the words in a text?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Write code that reverses a string."}],
 ]
 
 

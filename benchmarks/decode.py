@@ -37,7 +37,7 @@ def decode(
     speed = bandwidth(place)
     rows = []
     for batch in [batches] if isinstance(batches, int) else batches:
-        engine, requests = _prepare(model, batch, prompt, new_tokens)
+        engine, requests = new_engine(model, [prompt] * batch, new_tokens)
         for request in requests:
             engine.submit(request)
         while not all(request.output for request in requests):
@@ -73,18 +73,18 @@ def decode(
     report("decode", arguments, rows)
 
 
-def _prepare(model: Transformer, batch: int, prompt: int, new_tokens: int) -> tuple[Engine, list[Request]]:
-    args = model.args
-    runtime = RuntimeArgs(max_seq_len=prompt + new_tokens + 1, max_batch_size=batch)
-    weight = model.norm.weight
+def new_engine(model: Transformer, prompts: Sequence[int], new_tokens: int) -> tuple[Engine, list[Request]]:
+    """Make an engine with one row per prompt, and greedy requests with random prompts of these lengths."""
+    args, weight = model.args, model.norm.weight
+    runtime = RuntimeArgs(max_seq_len=max(prompts) + new_tokens + 1, max_batch_size=len(prompts))
     cache = KVCache.allocate(
-        args, rows=batch, max_seq_len=runtime.max_seq_len, dtype=weight.dtype, device=weight.device
+        args, rows=len(prompts), max_seq_len=runtime.max_seq_len, dtype=weight.dtype, device=weight.device
     )
     engine = Engine(Runner(model, cache, weight.device), Scheduler(runtime), Parallel())
     params = SamplingParams(max_gen_len=new_tokens)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(args.vocab_size, (batch, prompt), generator=generator).tolist()
-    return engine, [Request(ids, params, 0, args.vocab_size, runtime.max_seq_len) for ids in prompts]
+    ids = [torch.randint(args.vocab_size, (length,), generator=generator).tolist() for length in prompts]
+    return engine, [Request(prompt, params, 0, args.vocab_size, runtime.max_seq_len) for prompt in ids]
 
 
 if __name__ == "__main__":
