@@ -4,6 +4,7 @@ This module knows nothing of files, tensors or torch.
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -49,7 +50,7 @@ class ModelArgs:
             value = getattr(self, name)
             if value is None and name == "ffn_dim_multiplier":
                 continue
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise CheckpointError(f"{name} is {value!r}; a positive number was expected")
         if self.dim % self.n_heads or self.head_dim % 2:
             raise CheckpointError(f"dim {self.dim} does not split into {self.n_heads} heads of an even size")
@@ -186,6 +187,12 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("logprobs", "echo"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; True or False was expected")
+        for id in self.stop_tokens:
+            if not isinstance(id, int) or isinstance(id, bool):
+                raise TypeError(f"stop_tokens holds {id!r}; integer token ids were expected")
         object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
         for text in self.stop:
             if not isinstance(text, str):
@@ -204,7 +211,7 @@ class SamplingParams:
 def _check_number(name: str, value: float, low: float, high: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; a number was expected")
-    if not (low <= value <= high and math.isfinite(value)):  # NaN fails every comparison
+    if not (low <= value <= min(high, sys.float_info.max)):  # NaN fails every comparison
         bound = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name} is {value!r}; a finite number {bound} was expected")
 

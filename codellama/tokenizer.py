@@ -70,7 +70,9 @@ class Tokenizer:
     def decode(self, t: Sequence[int]) -> str:
         """Decode ids that begin a text: the implicit leading space is dropped, as SentencePiece does."""
         text = self.decode_infilling(t)
-        return text.removeprefix(" ")
+        first = next((id for id in t if self._bytes[id]), None)
+        implicit = first is not None and self.token_piece(first).startswith(_SPACE)
+        return text.removeprefix(" ") if implicit else text
 
     def decode_infilling(self, t: Sequence[int]) -> str:
         """Decode ids that continue a text, byte for byte; bytes that are no UTF-8 become U+FFFD."""
@@ -118,6 +120,11 @@ class TextDecoder:
         """Begin a text that continues another one, as a generation continues its prompt."""
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    @property
+    def pending(self) -> bool:
+        """True while an unfinished UTF-8 sequence is held back."""
+        return bool(self._utf8.getstate()[0])
 
     def push(self, ids: Iterable[int]) -> str:
         """Add ids and return the text that is now certain: an unfinished UTF-8 sequence is held back."""

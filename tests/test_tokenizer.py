@@ -29,7 +29,21 @@ class Case:
 
 
 # As in the release's tokenizer.model, the pieces are normal ones, reached through merges that stand before them.
-MERGES = ("▁<", "▁<P", "RE", "RE>", "▁<PRE>", "▁<S", "UF", "UF>", "▁<SUF>", "▁<M", "ID", "ID>", "▁<MID>")
+MERGES: tuple[str, ...] = (
+    "▁<",
+    "▁<P",
+    "RE",
+    "RE>",
+    "▁<PRE>",
+    "▁<S",
+    "UF",
+    "UF>",
+    "▁<SUF>",
+    "▁<M",
+    "ID",
+    "ID>",
+    "▁<MID>",
+)
 MERGES += ("▁<E", "OT", "OT>", "▁<EOT>", "<s", "te", "te" + "p", "<step", "<step>")
 
 
@@ -68,6 +82,7 @@ def test_missing_pieces_are_none(tmp_path: Path) -> None:
 
 def test_step_piece_is_found(tmp_path: Path) -> None:
     tokenizer = tiny.tiny_tokenizer(tmp_path, pieces=(*tiny.INFILLING, "<step>"))
+    assert tokenizer.step_id is not None
     assert tokenizer.token_piece(tokenizer.step_id) == "<step>"
 
 

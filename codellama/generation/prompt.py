@@ -4,7 +4,8 @@ It knows nothing of the model beyond two sizes, and nothing of torch.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from codellama.config import LogitsProcessor, SamplingParams
@@ -54,14 +55,16 @@ class PromptMaker:
 
     def text(self, text: str, params: SamplingParams, where: str = "the prompt") -> Prompt:
         """Continue a text, until eos."""
-        tokens = self._tokenizer.encode(text, bos=True, eos=False)
+        with _named(where):
+            tokens = self._tokenizer.encode(text, bos=True, eos=False)
         return self._checked(tokens, replace(params, stop_tokens=frozenset({self._tokenizer.eos_id})), where)
 
     def gap(
         self, prefix: str, suffix: str, params: SamplingParams, suffix_first: bool = False, where: str = "the gap"
     ) -> Prompt:
         """Fill what stands between prefix and suffix, until EOT or eos."""
-        tokens = infilling_prompt_tokens(self._tokenizer, prefix, suffix, suffix_first)
+        with _named(where):
+            tokens = infilling_prompt_tokens(self._tokenizer, prefix, suffix, suffix_first)
         return self._checked(tokens, replace(params, stop_tokens=infilling_stop_tokens(self._tokenizer)), where)
 
     def chat(
@@ -69,10 +72,8 @@ class PromptMaker:
     ) -> Prompt:
         """Answer a chat in the tokenizer's format."""
         chat = format_for(self._tokenizer)
-        try:
+        with _named(where):
             tokens = chat.encode_dialog(dialog, allow_tags)
-        except PromptError as error:
-            raise PromptError(f"{where}: {error}") from error
         return self._checked(tokens, replace(params, stop_tokens=chat.stop_tokens()), where, strip=True)
 
     def request(self, prompt: Prompt, processor: LogitsProcessor | None = None) -> Request:
@@ -97,3 +98,12 @@ class PromptMaker:
         prompt = Prompt(tokens, replace(params, logits_processor=None), seed, where, strip)
         self.request(prompt)  # its checks are the request's own
         return prompt
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say which of a call's prompts is refused."""
+    try:
+        yield
+    except PromptError as error:
+        raise PromptError(f"{where}: {error}") from error

@@ -59,7 +59,7 @@ class GeneratedText:
 
         Args:
             tokenizer: decodes the ids.
-            stop: strings that end the text; the text ends before the first that occurs.
+            stop: strings that end the text; the text ends before the one whose end comes first.
             drop_space: drop SentencePiece's implicit space, because the generation begins the text.
             strip: drop white space around the whole, as a chat answer's content is written without it.
         """
@@ -87,8 +87,11 @@ class GeneratedText:
 
     def push(self, token: int) -> str:
         """Add a token and return the text that became certain."""
-        self._starts.append(self._decoded)
-        return self._take(self._decoder.push([token]), final=False)
+        pending = self._decoder.pending
+        text = self._decoder.push([token])
+        # A character that this token shows to be broken belongs to the tokens before it.
+        self._starts.append(self._decoded + (pending and text.startswith("\N{REPLACEMENT CHARACTER}")))
+        return self._take(text, final=False)
 
     def finish(self) -> str:
         """Return what was held back, since nothing follows."""
@@ -97,10 +100,10 @@ class GeneratedText:
     def _take(self, text: str, final: bool) -> str:
         self._decoded += len(text)
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            sure = min(found)
+            sure = min(found)[1]
         else:
             sure = len(self._held) if final else len(self._held) - self._overlap()
         taken, self._held = self._held[:sure], self._held[sure:]
@@ -160,7 +163,7 @@ class Request:
             raise ContextLengthError(len(self.prompt), self.max_seq_len, self.where)
         room = self.max_seq_len - len(self.prompt)
         self.n_max = room if self.params.max_gen_len is None else min(room, self.params.max_gen_len)
-        self.rng = random.Random(self.seed)
+        self.rng = random.Random(str(self.seed))  # as a number, -1 would be 1
         if self.scores_prompt:
             self.scores.append(TokenScore(0.0))
 
@@ -194,17 +197,18 @@ class Request:
         self.output.append(token)
         if score is not None:
             self.scores.append(score)
+        added = (token,), () if score is None else (score,)
         text = self.text.push(token) if self.text else ""
         if self.text and self.text.stopped:
             # What a stop string cut off the text is cut off the tokens too.
             extra = len(self.output) - self.text.n_tokens
             del self.output[len(self.output) - extra :]
             del self.scores[len(self.scores) - (extra if score is not None else 0) :]
-            self.finish("stop", text)
+            self.finish("stop", text) if extra else self.finish("stop", text, *added)
         elif len(self.output) >= self.n_max:
-            self.finish("length", text, (token,), (score,) if score is not None else ())
+            self.finish("length", text, *added)
         else:
-            self._emit(Delta(text, (token,), (score,) if score is not None else ()))
+            self._emit(Delta(text, *added))
 
     def finish(
         self,

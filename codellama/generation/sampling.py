@@ -5,6 +5,7 @@ They know nothing of batches or rows, so a request's neighbours cannot change it
 Shapes: V vocabulary, N positions of one request.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,16 +42,20 @@ def sample(logits: Tensor, params: SamplingParams, uniform: float, ids: Sequence
             found = list(processed.shape) if isinstance(processed, Tensor) else type(processed).__name__
             raise ValueError(f"logits_processor returned {found}; a tensor of {list(logits.shape)} was expected")
         logits = processed.float()
+        if not logits.max() > -math.inf:
+            raise ValueError("logits_processor returned no logit that is a number above -inf: it allows no token")
     if params.repetition_penalty != 1:
         logits = penalize(logits, params.repetition_penalty, ids)
     if params.greedy:
         return logits.argmax()
-    probs = torch.softmax((logits - logits.max()) / params.temperature, dim=-1)
+    # In float64, so that the smallest temperature does not divide 0 by 0; what equals the maximum may be +inf.
+    below = torch.where(logits == logits.max(), 0, logits - logits.max()).double()
+    probs = torch.softmax(below / params.temperature, dim=-1)
     probs = keep_top_k(probs, params.top_k)
     probs = keep_top_p(probs, params.top_p)
     if params.min_p > 0:
         probs = torch.where(probs < params.min_p * probs.max(), 0, probs)
-    cumulative = probs.double().cumsum(0)
+    cumulative = probs.cumsum(0)
     drawn = torch.searchsorted(cumulative, cumulative[-1] * uniform, right=True)
     return torch.minimum(drawn, probs.nonzero()[-1, 0])  # rounding must not carry the draw past the last token kept
 
@@ -58,8 +63,8 @@ def sample(logits: Tensor, params: SamplingParams, uniform: float, ids: Sequence
 def penalize(logits: Tensor, penalty: float, ids: Sequence[int]) -> Tensor:
     """Make the tokens of ids less probable, each once."""
     seen = torch.tensor(sorted(set(ids)), device=logits.device)
-    chosen = logits[seen]
-    return logits.index_copy(0, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+    chosen = logits[seen].double()  # the product may leave float32's range
+    return logits.index_copy(0, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty).float())
 
 
 def keep_top_k(probs: Tensor, top_k: int | None) -> Tensor:

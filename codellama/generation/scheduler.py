@@ -63,7 +63,8 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._rows: list[Request | None] = [None] * runtime.max_batch_size
         self._lengths = [0] * runtime.max_batch_size  # tokens that a row holds, kept when it is freed
-        self._decode_next = False
+        self._prompts: deque[Request] = deque()  # admitted and not yet in the cache, in the order they came
+        self._prefills = 0  # prompts that were prefilled since the rows last decoded
 
     @property
     def busy(self) -> bool:
@@ -87,24 +88,27 @@ class Scheduler:
         self._free()
 
     def clear(self) -> None:
-        """Forget everything, after a failure."""
+        """End everything and forget what the rows hold, after a failure."""
+        for request in (*self._waiting, *self._rows):
+            if request is not None and request.finish_reason is None:
+                request.finish("cancelled")
         self._waiting.clear()
+        self._prompts.clear()
         self._rows = [None] * len(self._rows)
         self._lengths = [0] * len(self._lengths)
 
     def schedule(self) -> Batch | None:
         """Make the next batch, or None when there is nothing to do.
 
-        Prompts come before decoding, so that rows decode together; between the chunks of a long prompt the running
-        rows decode once, so that a stream keeps moving.
+        Prompts come before decoding, so that rows decode together. But the running rows decode once between the chunks
+        of a long prompt, and after as many prompts as there are rows, so that a stream keeps moving.
         """
         self._admit()
-        running = [request for request in self._rows if request is not None]
-        prefill = next((request for request in running if request.prefilling), None)
-        decode = [request for request in running if not request.prefilling]
-        if prefill is not None and not (self._decode_next and decode):
-            return self._prefill(prefill)
-        self._decode_next = False
+        decode = [request for request in self._rows if request is not None and not request.prefilling]
+        if self._prompts and not (decode and self._prefills >= len(self._rows)):
+            self._prefills = self._prefills if decode else 0
+            return self._prefill(self._prompts[0])
+        self._prefills = 0
         return self._decode(decode) if decode else None
 
     def commit(self, batch: Batch) -> None:
@@ -113,7 +117,8 @@ class Scheduler:
             if request is not None:
                 assert request.row is not None, "a request in a batch has a row"
                 request.n_cached += batch.width
-                self._lengths[request.row] = request.n_cached
+                # One position stays free to write to while the row runs along.
+                self._lengths[request.row] = min(request.n_cached, self._runtime.max_seq_len - 1)
                 if request.finish_reason is None and not request.prefilling and request.n_max == 0:
                     request.finish("length")  # the prompt is scored; there is nothing to generate
         self._free()
@@ -125,17 +130,22 @@ class Scheduler:
                 admitted.row = row
                 self._rows[row] = admitted
                 self._lengths[row] = 0
+                self._prompts.append(admitted)
 
     def _free(self) -> None:
         for row, request in enumerate(self._rows):
             if request is not None and request.finish_reason is not None:
                 self._rows[row] = None
+                if request in self._prompts:
+                    self._prompts.remove(request)
 
     def _prefill(self, request: Request) -> Batch:
         assert request.row is not None, "an admitted request has a row"
         chunk = request.prompt[request.n_cached : request.n_cached + self._runtime.chunk_size]
         last = request.n_cached + len(chunk) == len(request.prompt)
-        self._decode_next = not last
+        if last:
+            self._prompts.popleft()
+        self._prefills += 1 if last else len(self._rows)
         unscored = len(chunk) - 1 if last else len(chunk)
         logits_from = 0 if request.scores_prompt else unscored
         return Batch(request.row, [chunk], [request.n_cached], logits_from, [request])
@@ -151,5 +161,5 @@ class Scheduler:
             tokens.append([active.output[-1] if active else 0])
             # A row that runs along writes at its own next position: a free one past what it keeps, a prefilling one
             # where its next chunk will be written.
-            positions.append(min(self._lengths[row], self._runtime.max_seq_len - 1))
+            positions.append(self._lengths[row])
         return Batch(span.start, tokens, positions, 0, requests)

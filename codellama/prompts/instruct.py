@@ -3,6 +3,7 @@
 It knows nothing of generation. Source: Llama 2 (arXiv 2307.09288, appendix A.3.3).
 """
 
+from codellama.errors import PromptError
 from codellama.prompts.dialog import Dialog, check_dialog
 from codellama.tokenizer import Tokenizer
 
@@ -20,9 +21,12 @@ class InstructFormat:
         Every finished pair is bos + text + eos; the last user message is bos + text. Contents are stripped.
 
         Raises:
-            PromptError: see `check_dialog`.
+            PromptError: see `check_dialog`; or a message has a destination, which this format cannot express.
         """
         check_dialog(dialog, allow_tags)
+        for index, message in enumerate(dialog):
+            if "destination" in message:
+                raise PromptError(f"message {index} has a destination; only the 70B chat format can express one")
         contents = [message["content"].strip() for message in dialog]
         if dialog[0]["role"] == "system":
             folded = f"<<SYS>>\n{dialog[0]['content']}\n<</SYS>>\n\n{dialog[1]['content']}"

@@ -1,0 +1,265 @@
+"""Which rows run when. The Machine checks every batch; the tests look at the order."""
+
+import random
+
+import pytest
+
+from codellama.generation.scheduler import Batch
+from tests.support.schedule import Machine, rows_of
+
+
+def test_nothing_to_do() -> None:
+    machine = Machine()
+    assert machine.step() is None
+    assert not machine.scheduler.busy
+
+
+def test_one_request() -> None:
+    machine = Machine()
+    request = machine.add(3, n=3)
+    assert machine.scheduler.busy
+    assert machine.step() == Batch(0, [request.prompt], [0], 2)
+    assert machine.step() == Batch(0, [[request.output[0]]], [3], 0)
+    assert machine.step() == Batch(0, [[request.output[1]]], [4], 0)
+    assert machine.step() is None
+    assert (len(request.output), request.finish_reason, request.n_cached) == (3, "length", 5)
+
+
+def test_prompts_come_before_decoding_and_rows_decode_together() -> None:
+    machine = Machine(rows=3)
+    lengths = (3, 5, 2)
+    for length in lengths:
+        machine.add(length)
+    for row, length in enumerate(lengths):
+        batch = machine.step()
+        assert batch is not None
+        assert (batch.start, batch.width, batch.positions) == (row, length, [0])
+    batch = machine.step()
+    assert batch is not None
+    assert (rows_of(batch), batch.positions, batch.width) == ([0, 1, 2], [3, 5, 2], 1)
+
+
+def test_more_requests_than_rows_wait_and_rows_are_used_again_at_once() -> None:
+    machine = Machine(rows=2)
+    first, second, third, fourth = (machine.add(2, n) for n in (3, 9, 1, 1))
+    steps = [rows_of(machine.step()) for _ in range(4)]
+    assert steps == [[0], [1], [0, 1], [0, 1]]
+    assert (first.finish_reason, third.row, fourth.row) == ("length", None, None)
+    assert rows_of(machine.step()) == [0]
+    assert (third.row, third.finish_reason) == (0, "length")
+    assert rows_of(machine.step()) == [0]
+    assert (fourth.row, fourth.finish_reason) == (0, "length")
+    machine.finish()
+    assert (second.row, len(second.output)) == (1, 9)
+    assert machine.admitted == [first, second, third, fourth]
+
+
+def test_the_lowest_rows_are_given_first() -> None:
+    machine = Machine(rows=4)
+    requests = [machine.add(2, n=9) for _ in range(4)]
+    while machine.step() and requests[3].n_tokens < 4:
+        pass
+    machine.cancel(requests[2])
+    machine.cancel(requests[0])
+    late = [machine.add(2) for _ in range(2)]
+    machine.step()
+    assert [request.row for request in late] == [0, 2]
+
+
+def test_chunks_of_a_long_prompt_take_turns_with_decoding() -> None:
+    machine = Machine(rows=3, max_seq_len=64)
+    machine.add(3, n=20)
+    machine.add(3, n=20)
+    machine.step()
+    machine.step()
+    long = machine.add(30)
+    steps = [rows_of(machine.step()) for _ in range(9)]
+    assert steps == [[2], [0, 1], [2], [0, 1], [2], [0, 1], [2], [0, 1, 2], [0, 1, 2]]
+    assert machine.prefilled[long] == long.prompt
+
+
+def test_chunks_follow_each_other_when_nothing_decodes() -> None:
+    machine = Machine(rows=2, max_seq_len=64)
+    machine.add(30)
+    widths = [batch.width for batch in (machine.step() for _ in range(4)) if batch is not None]
+    assert widths == [8, 8, 8, 6]
+
+
+def test_a_row_that_runs_along_writes_at_its_own_next_position() -> None:
+    """Rows 0 and 3 decode; row 1 is in the middle of a prompt, row 2 is free and keeps 5 tokens."""
+    machine = Machine(rows=4, max_seq_len=64)
+    requests = [machine.add(3, n) for n in (30, 2, 3, 30)]
+    while requests[2].finish_reason is None:
+        machine.step()
+    long = machine.add(30)
+    assert rows_of(machine.step()) == [1]
+    batch = machine.step()
+    assert batch is not None
+    assert (rows_of(batch), len(batch.tokens)) == ([0, 3], 4)
+    assert list(batch.positions) == [5, 8, 5, 5]
+    assert [batch.tokens[1], batch.tokens[2]] == [[0], [0]]
+    machine.finish()
+    assert machine.prefilled[long] == long.prompt
+
+
+def test_a_full_row_that_runs_along_gives_up_its_last_token_alone() -> None:
+    """Row 1 scored a prompt of max_seq_len tokens and holds them all when rows 0 and 2 decode."""
+    machine = Machine(rows=3)
+    machine.add(3, n=9)
+    full = machine.add(32, n=0, echo=True, logprobs=True)
+    machine.add(3, n=9)
+    machine.finish()
+    assert full.finish_reason == "length"
+    assert machine.kept[1] == full.prompt[:31]
+
+
+@pytest.mark.parametrize(("prompt", "n"), [(31, 1), (30, 2), (1, 31)])
+def test_a_row_is_used_to_its_end(prompt: int, n: int) -> None:
+    machine = Machine()
+    request = machine.add(prompt, n)
+    machine.finish()
+    assert (request.n_tokens, request.n_cached, request.finish_reason) == (32, 31, "length")
+
+
+def test_requests_that_ask_for_nothing() -> None:
+    machine = Machine()
+    empty = machine.add(3, n=0)
+    assert (empty.finish_reason, empty.row) == ("length", None)
+    assert machine.step() is None
+    scored = machine.add(32, n=0, echo=True, logprobs=True)
+    batches = [machine.step() for _ in range(4)]
+    assert [(batch.width, batch.logits_from) for batch in batches if batch is not None] == [(8, 0)] * 4
+    assert (scored.finish_reason, scored.output) == ("length", [])
+    assert machine.step() is None
+
+
+def test_scored_prompts_ask_for_all_logits() -> None:
+    machine = Machine()
+    machine.add(10, echo=True, logprobs=True)
+    machine.add(10, logprobs=True)
+    batches = [machine.step() for _ in range(5)]
+    found = [(batch.width, batch.logits_from) for batch in batches if batch is not None]
+    assert found == [(8, 0), (2, 0), (8, 8), (1, 0), (2, 1)]
+
+
+def test_cancel_while_waiting() -> None:
+    machine = Machine(rows=1)
+    first, second, third = (machine.add(2, n=2) for _ in range(3))
+    machine.step()
+    machine.cancel(second)
+    machine.finish()
+    assert (second.finish_reason, second.row, third.finish_reason) == ("cancelled", None, "length")
+    assert machine.admitted == [first, third]
+
+
+def test_cancel_in_the_middle_of_a_prompt() -> None:
+    machine = Machine(rows=1)
+    first, second = machine.add(20), machine.add(3)
+    machine.step()
+    machine.cancel(first)
+    assert (first.finish_reason, first.n_cached) == ("cancelled", 8)
+    machine.finish()
+    assert (second.row, second.finish_reason) == (0, "length")
+
+
+def test_cancel_while_decoding() -> None:
+    machine = Machine(rows=2)
+    first, second = machine.add(2, n=9), machine.add(2, n=3)
+    for _ in range(3):
+        machine.step()
+    machine.cancel(first)
+    assert (first.finish_reason, len(first.output)) == ("cancelled", 2)
+    assert rows_of(machine.step()) == [1]
+    assert second.finish_reason == "length"
+    assert machine.step() is None
+
+
+def test_cancel_twice_and_after_the_end() -> None:
+    machine = Machine()
+    request, other = machine.add(2, n=1), machine.add(2)
+    machine.step()
+    machine.scheduler.cancel(request)
+    assert request.finish_reason == "length"
+    machine.cancel(other)
+    machine.scheduler.cancel(other)
+    assert other.finish_reason == "cancelled"
+    assert not machine.scheduler.busy
+
+
+def test_clear_forgets_everything() -> None:
+    machine = Machine(rows=1)
+    machine.add(20)
+    machine.add(3)
+    machine.step()
+    machine.scheduler.clear()
+    assert not machine.scheduler.busy
+    assert machine.scheduler.schedule() is None
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_cancel_what_was_cleared(place: int) -> None:
+    """After a failure, a client that leaves does no further harm, whether its request had a row or waited for one."""
+    machine = Machine(rows=1)
+    requests = [machine.add(20), machine.add(3)]
+    machine.step()
+    machine.scheduler.clear()
+    machine.scheduler.cancel(requests[place])
+    assert not machine.scheduler.busy
+
+
+def test_short_prompts_do_not_hold_up_a_stream() -> None:
+    """Requests that end with their first token follow each other in row 1; the one in row 0 must go on in between."""
+    machine = Machine(rows=2)
+    stream = machine.add(2, n=9)
+    machine.step()
+    for _ in range(40):
+        machine.add(2, n=1)
+    for _ in range(20):
+        machine.step()
+    assert len(stream.output) > 1
+
+
+def test_short_prompts_do_not_hold_up_a_long_one() -> None:
+    """The same in row 0, above a long prompt in row 1."""
+    machine = Machine(rows=2)
+    machine.add(2, n=1)
+    long = machine.add(20)
+    for _ in range(40):
+        machine.add(2, n=1)
+    for _ in range(20):
+        machine.step()
+    assert not long.prefilling
+
+
+def test_batches_travel_as_integers() -> None:
+    batch = Batch(3, [[5, 6, 7], [8, 9, 10]], [0, 4], 2)
+    assert batch.to_integers() == [3, 2, 2, 0, 4, 5, 6, 7, 8, 9, 10]
+    assert Batch.from_integers(batch.to_integers()) == batch
+    assert (batch.width, batch.length) == (3, 7)
+
+
+def test_random_schedules() -> None:
+    """200 loads that come, are cancelled and end at random."""
+    rng = random.Random(8)
+    reasons = {"length": 0, "cancelled": 0}
+    for _ in range(200):
+        machine = Machine(rows=rng.randrange(1, 5), max_seq_len=rng.randrange(4, 40), chunk_size=rng.randrange(1, 12))
+        for _ in range(rng.randrange(1, 12)):
+            n = rng.choice((0, 1, 2, 5, 40))
+            length = rng.randrange(1, machine.runtime.max_seq_len + (n == 0))
+            machine.add(length, n, echo=rng.random() < 0.3, logprobs=rng.random() < 0.5)
+            for _ in range(rng.randrange(6)):
+                machine.step()
+            if rng.random() < 0.2:
+                machine.cancel(rng.choice(machine.requests))
+        machine.finish()
+        assert not machine.scheduler.busy
+        # Rows were given in the order in which requests came; some were cancelled while they waited.
+        assert machine.admitted == [request for request in machine.requests if request.row is not None]
+        for request in machine.requests:
+            assert request.finish_reason is not None
+            reasons[request.finish_reason] += 1
+            if request.finish_reason == "length":
+                assert len(request.output) == request.n_max
+                assert machine.prefilled.get(request, request.prompt) == request.prompt
+    assert min(reasons.values()) > 50

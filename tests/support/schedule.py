@@ -1,0 +1,134 @@
+"""Drives the scheduler with made-up tokens and a made-up cache, and checks each of its batches; no torch, no model.
+
+The cache holds ids: each batch writes its tokens at its positions, also in rows that run along. Before a batch, each of
+its requests must find its own history in its row: nobody else wrote there.
+"""
+
+from collections.abc import Sequence
+
+from codellama.config import RuntimeArgs, SamplingParams
+from codellama.generation.request import Request
+from codellama.generation.scheduler import Batch, Scheduler
+
+VOCAB = 1000
+
+
+class Machine:
+    """Runs batches as the engine does.
+
+    Attributes:
+        cache: what each row holds; kept: what a row held when it was freed.
+        prefilled: the part of its prompt that a request has been given, in the order in which it came.
+        admitted: requests in the order in which they were given rows; running: those that have not ended.
+    """
+
+    def __init__(self, rows: int = 2, max_seq_len: int = 32, chunk_size: int = 8) -> None:
+        self.runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=rows, chunk_size=chunk_size)
+        self.scheduler = Scheduler(self.runtime)
+        self.cache = [[-1] * max_seq_len for _ in range(rows)]
+        self.kept: list[list[int]] = [[] for _ in range(rows)]
+        self.prefilled: dict[Request, list[int]] = {}
+        self.requests: list[Request] = []
+        self.admitted: list[Request] = []
+        self.running: set[Request] = set()
+
+    def add(self, length: int, n: int = 4, **params: bool) -> Request:
+        """Queue a request whose prompt is like no other's."""
+        prompt = [(len(self.requests) * 37 + at) % VOCAB for at in range(length)]
+        request = Request(prompt, SamplingParams(max_gen_len=n, **params), 0, VOCAB, self.runtime.max_seq_len)  # type: ignore[arg-type]
+        self.requests.append(request)
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> Batch | None:
+        """Schedule, check, run, commit."""
+        free = set(range(self.runtime.max_batch_size)) - {request.row for request in self.running}
+        batch = self.scheduler.schedule()
+        self.admit(sorted(free))
+        if batch is None:
+            assert not self.scheduler.busy
+            return None
+        self.check(batch)
+        for row, (tokens, first) in enumerate(zip(batch.tokens, batch.positions, strict=True), start=batch.start):
+            self.cache[row][first : first + len(tokens)] = tokens
+        for request, position in zip(batch.requests, batch.positions, strict=True):
+            if request is not None and request.n_max > 0 and position + batch.width == request.n_tokens:
+                request.append((request.prompt[0] + 7 * len(request.output)) % VOCAB, None)
+        self.scheduler.commit(batch)
+        self.leave()
+        return batch
+
+    def finish(self, limit: int = 10_000) -> None:
+        """Run until there is nothing to do."""
+        for _ in range(limit):
+            if self.step() is None:
+                return
+        raise AssertionError(f"not done after {limit} steps")
+
+    def cancel(self, request: Request) -> None:
+        self.scheduler.cancel(request)
+        self.leave()
+
+    def admit(self, free: Sequence[int]) -> None:
+        """Find out who was given a row: those who came first, and the lowest rows."""
+        fresh = [request for request in self.requests if request.row is not None and request not in self.admitted]
+        assert [request.row for request in fresh] == list(free[: len(fresh)])
+        left = [request for request in self.requests if request.row is None and request.finish_reason is None]
+        assert [request for request in left if len(fresh) < len(free)] == [], "nobody waits while a row is free"
+        self.admitted += fresh
+        self.running |= set(fresh)
+        self.prefilled |= {request: [] for request in fresh}
+
+    def leave(self) -> None:
+        for request in [request for request in self.running if request.finish_reason is not None]:
+            assert request.row is not None
+            self.running.remove(request)
+            length = min(request.n_cached, self.runtime.max_seq_len - 1)  # one position to write to when it runs along
+            self.kept[request.row] = [*request.prompt, *request.output][:length]
+
+    def check(self, batch: Batch) -> None:
+        rows = range(batch.start, batch.start + len(batch.tokens))
+        assert 0 <= batch.start < rows.stop <= self.runtime.max_batch_size
+        assert len(batch.positions) == len(batch.requests) == len(rows)
+        assert {len(tokens) for tokens in batch.tokens} == {batch.width}
+        assert 1 <= batch.width <= self.runtime.chunk_size
+        assert 0 <= batch.logits_from <= batch.width
+        assert min(batch.positions) >= 0
+        assert batch.length == max(batch.positions) + batch.width <= self.runtime.max_seq_len
+        again = Batch.from_integers(batch.to_integers())
+        assert again == batch
+        assert (again.width, again.length) == (batch.width, batch.length)
+        assert batch.requests[0] is not None, "the slice begins and ends with a row that works"
+        assert batch.requests[-1] is not None
+        owners = {request.row: request for request in self.running}
+        assert len(owners) == len(self.running), "no two share a row"
+        for row, request, tokens, position in zip(rows, batch.requests, batch.tokens, batch.positions, strict=True):
+            if request is not None:
+                self.check_request(row, request, tokens, position, batch)
+            elif row in owners:
+                assert position == owners[row].n_cached, "a row that runs along writes where its next chunk will be"
+        for row in set(range(self.runtime.max_batch_size)) - owners.keys():
+            assert self.cache[row][: len(self.kept[row])] == self.kept[row], "a free row keeps what it holds"
+
+    def check_request(self, row: int, request: Request, tokens: Sequence[int], position: int, batch: Batch) -> None:
+        assert request.row == row
+        assert request in self.running
+        history = [*request.prompt, *request.output]
+        assert self.cache[row][:position] == history[:position]
+        assert history[position : position + len(tokens)] == tokens
+        if position < len(request.prompt):
+            assert len(batch.requests) == 1, "a prompt is prefilled alone"
+            self.prefilled[request] += tokens
+            assert self.prefilled[request] == request.prompt[: position + len(tokens)], "each once and in order"
+            last = position + len(tokens) == len(request.prompt)
+            assert batch.logits_from == (0 if request.scores_prompt else batch.width - last)
+        else:
+            assert position == request.n_tokens - 1
+            assert tokens == [request.output[-1]]
+            assert batch.logits_from == 0
+
+
+def rows_of(batch: Batch | None) -> list[int]:
+    """Rows that work, without those that run along."""
+    assert batch is not None
+    return [row for row, request in enumerate(batch.requests, start=batch.start) if request is not None]
