@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from codellama.config import ModelArgs
 from codellama.model import QUERY_TILE, attend, rotary_angles, rotate
 from tests.support import tiny
 from tests.support.oracle import oracle_logits
+from tests.support.peers import transformers_model
 
 CONFIGS = [
     ModelArgs(dim=48, n_layers=3, n_heads=8, n_kv_heads=2, vocab_size=320, multiple_of=40, rope_theta=1e4),
@@ -44,46 +44,11 @@ def test_logits_equal_the_oracle(args: ModelArgs) -> None:
 def test_logits_equal_transformers(args: ModelArgs) -> None:
     weights = tiny.random_weights(args)
     ids = random_ids(args, 67)
-    config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        rms_norm_eps=args.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-        tie_word_embeddings=False,
-        max_position_embeddings=128,
-    )
-    theirs = LlamaForCausalLM(config).eval()
-    theirs.load_state_dict(to_transformers(args, weights), strict=True)
+    theirs = transformers_model(args, weights)
     with torch.inference_mode():
         expected = theirs(torch.tensor([ids])).logits[0]
     difference = (our_logits(args, weights, ids) - expected).abs().max()
     assert difference < 1e-4
-
-
-def to_transformers(args: ModelArgs, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename, and turn the rows of q and k from adjacent pairs to two halves."""
-    names = {
-        "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    }  # fmt: skip
-    ends = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-    state = {}
-    for name, tensor in weights.items():
-        stem = name.removesuffix(".weight")
-        if stem in ends:
-            state[f"{ends[stem]}.weight"] = tensor
-            continue
-        _, layer, inner = stem.split(".", 2)
-        if inner in ("attention.wq", "attention.wk"):
-            heads = tensor.shape[0] // args.head_dim
-            tensor = tensor.view(heads, args.head_dim // 2, 2, args.dim).transpose(1, 2).reshape(tensor.shape)
-        state[f"model.layers.{layer}.{names[inner]}.weight"] = tensor
-    return state
 
 
 def test_rotation_is_exact_far_out() -> None:

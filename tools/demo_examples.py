@@ -1,11 +1,12 @@
 """Training examples for the demo checkpoint: token ids in the exact prompt formats of the package.
 
-It knows nothing of the optimizer. Every example is a list of ids that begins with bos; the formats come from
+It knows nothing of the optimizer. Every example begins with bos; the formats come from
 `codellama.prompts`, so the checkpoint learns exactly what the package will ask of it.
 """
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from codellama.prompts.infilling import infilling_prompt_tokens
 from codellama.tokenizer import Tokenizer
@@ -33,6 +34,19 @@ SYSTEMS = (
 ANSWER = "Here is `{name}`:\n\n```python\n{code}\n```"
 
 
+@dataclass(frozen=True)
+class Example:
+    """Token ids and the weight of each in the loss, as a thing to be predicted."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+MIDDLE_STARTS, MIDDLE, ENDS = 10.0, 3.0, 5.0
+"""Weights in an infilling example; all else weighs 1. What the middle begins with can be known only by looking back
+past the suffix to where the prefix ended: one token in a hundred, which a small model learns last without a push."""
+
+
 class ExampleMaker:
     """Draws examples from training files: plain text, infilling, whole functions, dialogs."""
 
@@ -44,32 +58,33 @@ class ExampleMaker:
         self._functions = list(dialogs)
         self._tokenizer = tokenizer
 
-    def stream(self, dialog_share: float, infilling_share: float) -> Iterator[list[int]]:
+    def stream(self, dialog_share: float, infilling_share: float) -> Iterator[Example]:
         """Yield examples without end."""
         while True:
             draw = self._random.random()
             if draw < dialog_share:
-                yield self.dialog()
+                yield even(self.dialog())
             elif draw < dialog_share + infilling_share:
                 yield self.infilling()
             elif draw < dialog_share + infilling_share + 0.08:
-                yield self._tokenizer.encode(self._random.choice(self._functions).code + "\n", bos=True, eos=True)
+                code = self._random.choice(self._functions).code
+                yield even(self._tokenizer.encode(code + "\n", bos=True, eos=True))
             else:
-                yield self.text()
+                yield even(self.text())
 
     def text(self) -> list[int]:
         """Draw a window of a file; eos where the file ends in it."""
         source, start, stop = self._window(600, 3000)
         return self._tokenizer.encode(source.text[start:stop], bos=True, eos=stop == len(source.text))
 
-    def infilling(self) -> list[int]:
+    def infilling(self) -> Example:
         """Draw a gap: mostly one line behind its indentation, sometimes part of it, sometimes several lines."""
-        source, start, stop = self._window(200, 1500)
+        source, start, stop = self._window(100, 1300)
         window = source.text[start:stop]
         lines = window.splitlines(keepends=True)
         choices = [i for i, line in enumerate(lines) if line.strip()]
         if not choices:
-            return self._tokenizer.encode(window, bos=True, eos=False)
+            return even(self._tokenizer.encode(window, bos=True, eos=False))
         index = self._random.choice(choices)
         line = lines[index]
         begin = sum(map(len, lines[:index])) + len(line) - len(line.lstrip())
@@ -83,7 +98,9 @@ class ExampleMaker:
             self._tokenizer, window[:begin], window[end:], suffix_first=self._random.random() < 0.3
         )
         assert self._tokenizer.eot_id is not None
-        return [*ids, *self._tokenizer.encode_infilling(window[begin:end]), self._tokenizer.eot_id]
+        middle = self._tokenizer.encode_infilling(window[begin:end])
+        weights = [MIDDLE_STARTS if place < 3 else MIDDLE for place in range(len(middle))]
+        return Example([*ids, *middle, self._tokenizer.eot_id], [1.0] * len(ids) + weights + [ENDS])
 
     def dialog(self) -> list[int]:
         """Draw a chat of one or two turns, at times with a system message."""
@@ -112,6 +129,11 @@ class ExampleMaker:
         start = self._random.randrange(max(1, len(source.text) - length // 2))
         start = source.text.rfind("\n", 0, start) + 1
         return source, start, min(len(source.text), start + length)
+
+
+def even(ids: list[int]) -> Example:
+    """Weigh all ids alike."""
+    return Example(ids, [1.0] * len(ids))
 
 
 def ask(function: Function, draw: random.Random) -> str:

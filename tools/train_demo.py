@@ -1,7 +1,9 @@
-"""Train the demo checkpoint: its tokenizer, its weights, and the folder in Meta's layout.
+r"""Train the demo checkpoint: its tokenizer, its weights, and the folder in Meta's layout.
 
     python -m tools.train_demo tokenizer --output runs/demo
     python -m tools.train_demo train --output runs/demo --minutes 75
+    python -m tools.train_demo train --output runs/demo --start runs/demo/weights.pt --minutes 36 --seed 1 \
+        --peak 0.6 --dialogs_from 0 --infilling_share 0.5
     python -m tools.train_demo export --output runs/demo --folder codellama/demo
 
 The weights are trained with the package's own Transformer. Training is measured in minutes, since the learning rate
@@ -14,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fire
 import sentencepiece
@@ -21,21 +24,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from codellama.checkpoint import write_meta
 from codellama.config import ModelArgs
 from codellama.model import Transformer
 from codellama.tokenizer import Tokenizer
 from tools.demo_corpus import functions, read_sources
 from tools.demo_examples import ExampleMaker
 
-ARGS = {
+ARGS: dict[str, Any] = {
     "dim": 256, "n_layers": 4, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 4096, "multiple_of": 64,
     "norm_eps": 1e-5, "rope_theta": 1000000.0,
 }  # fmt: skip
 CONTEXT = 512
 ROWS = 16
-INFILLING_SHARE = 0.45
 DIALOG_SHARE = 0.25
-DIALOGS_FROM = 0.55  # of the run
 
 
 def tokenizer(output: str) -> None:
@@ -63,8 +65,21 @@ def tokenizer(output: str) -> None:
     (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
-def train(output: str, minutes: float = 75, seed: int = 0) -> None:
-    """Train the weights for so many minutes and write them to output/weights.pt, at times also in between."""
+def train(
+    output: str, minutes: float = 75, seed: int = 0, start: str | None = None, peak: float = 1.0,
+    dialogs_from: float = 0.55, infilling_share: float = 0.45,
+) -> None:  # fmt: skip
+    """Train the weights for so many minutes and write them to output/weights.pt, at times also in between.
+
+    Args:
+        output: folder of tokenizer.model.
+        minutes: how long.
+        seed: of the initial weights and of the examples.
+        start: weights to go on from, instead of random ones.
+        peak: factor on the learning rates.
+        dialogs_from: share of the run after which dialogs come in.
+        infilling_share: share of infilling examples.
+    """
     folder = Path(str(output))
     words = Tokenizer(folder / "tokenizer.model")
     sources = read_sources()
@@ -75,27 +90,32 @@ def train(output: str, minutes: float = 75, seed: int = 0) -> None:
     torch.manual_seed(seed)
     model = Transformer(ModelArgs(**ARGS)).to_empty(device="cpu")
     initialise_(model)
+    before = {"tokens": 0, "steps": 0}
+    if start is not None:
+        state = torch.load(str(start), weights_only=True)
+        model.load_state_dict(state.pop("model"))
+        before = state
     matrices = [p for name, p in model.named_parameters() if name.startswith("layers") and p.dim() == 2]
     others = [p for name, p in model.named_parameters() if not (name.startswith("layers") and p.dim() == 2)]
     optimizers = [
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     loss_of = torch.compile(model_loss)
     progress = Progress()
-    batches = pack(maker, progress)
+    batches = pack(maker, progress, dialogs_from, infilling_share)
     seen, begin, saved = 0, 0.0, 0.0
     step = 0
     while progress.done < 1:
-        tokens = next(batches)
-        loss = loss_of(model, tokens)
+        tokens, weights = next(batches)
+        loss = loss_of(model, tokens, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
-        scale = min(1.0, (step + 1) / 100, (1 - progress.done) / 0.6)  # warm up, hold, then down to 0
+        scale = peak * min(1.0, (step + 1) / 100, (1 - progress.done) / 0.6)  # warm up, hold, then down to 0
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * scale
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * scale
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -106,19 +126,24 @@ def train(output: str, minutes: float = 75, seed: int = 0) -> None:
         if step > 2:
             progress.done = (time.monotonic() - begin) / (60 * minutes)
         if step % 50 == 0:
-            rate = seen / max(1e-9, time.monotonic() - begin)
-            say(f"step {step} done {progress.done:.3f} loss {loss.item():.4f} tokens {seen} ({rate:.0f}/s)")
+            speed = seen / max(1e-9, time.monotonic() - begin)
+            say(f"step {step} done {progress.done:.3f} loss {loss.item():.4f} tokens {seen} ({speed:.0f}/s)")
         if time.monotonic() - saved > 600 and step > 2:
             saved = time.monotonic()
-            torch.save({"model": model.state_dict(), "tokens": seen, "steps": step}, folder / "weights.pt")
+            save(model, folder, before["tokens"] + seen, before["steps"] + step)
             say(f"step {step} held-out bits per byte {bits_per_byte(model, words, held_out[:12]):.4f}")
-    torch.save({"model": model.state_dict(), "tokens": seen, "steps": step}, folder / "weights.pt")
+    save(model, folder, before["tokens"] + seen, before["steps"] + step)
     say(f"{step} steps, {seen} tokens; held-out bits per byte {bits_per_byte(model, words, held_out):.4f}")
 
 
 def say(line: str) -> None:
     """Print a line at once, also into a file."""
     print(line, flush=True)
+
+
+def save(model: Transformer, folder: Path, tokens: int, steps: int) -> None:
+    """Write the weights, and how much they have seen in all runs."""
+    torch.save({"model": model.state_dict(), "tokens": tokens, "steps": steps}, folder / "weights.pt")
 
 
 class Progress:
@@ -140,26 +165,34 @@ def initialise_(model: Transformer) -> None:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
 
-def model_loss(model: Transformer, tokens: Tensor) -> Tensor:
-    """Mean negative log-likelihood in nats of `[ROWS, CONTEXT + 1]` ids."""
+def model_loss(model: Transformer, tokens: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean of the negative log-likelihood, in nats, of `[B, T + 1]` ids and their weights."""
     with torch.autocast("cpu", torch.bfloat16):
         positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
         logits = model.logits(model(tokens[:, :-1], positions))
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    shares = weights[:, 1:].flatten()
+    return (losses * shares).sum() / shares.sum()
 
 
-def pack(maker: ExampleMaker, progress: Progress) -> Iterator[Tensor]:
+def pack(
+    maker: ExampleMaker, progress: Progress, dialogs_from: float, infilling_share: float
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Lay examples one after another into rows; what overhangs a row is cut, so every row begins with bos."""
     while True:
-        rows = []
+        ids, weights = [], []
         for _ in range(ROWS):
-            share = DIALOG_SHARE if progress.done > DIALOGS_FROM else 0.0
-            examples = maker.stream(share, INFILLING_SHARE)
+            share = DIALOG_SHARE if progress.done > dialogs_from else 0.0
+            examples = maker.stream(share, infilling_share)
             row: list[int] = []
+            shares: list[float] = []
             while len(row) <= CONTEXT:
-                row += next(examples)
-            rows.append(row[: CONTEXT + 1])
-        yield torch.tensor(rows)
+                example = next(examples)
+                row += example.ids
+                shares += example.weights
+            ids.append(row[: CONTEXT + 1])
+            weights.append(shares[: CONTEXT + 1])
+        yield torch.tensor(ids), torch.tensor(weights)
 
 
 @torch.inference_mode()
@@ -171,19 +204,16 @@ def bits_per_byte(model: Transformer, words: Tokenizer, texts: list[str]) -> flo
         ids = words.encode(text, bos=False, eos=False)
         for start in range(0, len(ids), CONTEXT - 1):
             row = torch.tensor([[words.bos_id, *ids[start : start + CONTEXT - 1]]])
-            bits += model_loss(model, row).item() * (row.shape[1] - 1) / math.log(2)
+            bits += model_loss(model, row, torch.ones(row.shape)).item() * (row.shape[1] - 1) / math.log(2)
     return bits / size
 
 
 def export(output: str, folder: str) -> None:
     """Write output's tokenizer and weights to a folder in Meta's layout, in bfloat16."""
-    from codellama.checkpoint.meta import write_meta
-
     state = torch.load(Path(str(output)) / "weights.pt", weights_only=True)
     tensors = {name: tensor.bfloat16() for name, tensor in state["model"].items()}
-    write_meta(Path(str(folder)), ModelArgs(**ARGS), tensors.items(), n_shards=1)
-    model = (Path(str(output)) / "tokenizer.model").read_bytes()
-    (Path(str(folder)) / "tokenizer.model").write_bytes(model)
+    words = (Path(str(output)) / "tokenizer.model").read_bytes()
+    write_meta(Path(str(folder)), ModelArgs(**ARGS), tensors.items(), 1, words)
     print(json.dumps({"tokens": state["tokens"], "steps": state["steps"]}))
 
 
