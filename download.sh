@@ -228,7 +228,8 @@ fetch() {
 # Brings one file into TARGET, through .part so that only a whole file has the final name. With an md5 it must agree: a
 # file that does not is removed and added to $failed. Without one, a file that is there counts as whole.
 get() {
-  local path=$1 sum=$2 file=$TARGET/$1 part=$TARGET/$1.part resumed
+  local path=$1 sum=$2 file=$TARGET/${3:-$1} resumed
+  local part=$file.part
   if [ -e "$file" ] && [ -z "$sum" ] && [ -s "$file" ] && ! is_html "$file"; then
     say "$path: is here already"
     return 0
@@ -362,8 +363,8 @@ main() {
   trap 'warn "interrupted; run this script again to continue"; exit 130' INT TERM
   mkdir -p "$TARGET"
   failed=
-  get LICENSE ""
-  get USE_POLICY.md ""
+  get LICENSE "" CodeLlama-LICENSE                  # beside this repository's own LICENSE, not in its place
+  get USE_POLICY.md "" CodeLlama-USE_POLICY.md
   for model in $models; do
     download_model "$model" "$(shards_of "$model")"
   done

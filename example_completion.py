@@ -53,5 +53,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         main(**fire.Fire(flags, serialize=lambda _: None))
-    except CodeLlamaError as error:
+    except (CodeLlamaError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -43,6 +43,8 @@ def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file:
     prompts = PROMPTS
     if prompt_file is not None:
         prompts = llama.parallel.share(lambda: [Path(str(prompt_file)).read_text()])
+    if not all("<FILL>" in prompt for prompt in prompts):
+        sys.exit("error: the text has no <FILL>")
     prefixes, _, suffixes = zip(*(prompt.partition("<FILL>") for prompt in prompts), strict=True)
     results = llama.text_infilling(prefixes, suffixes, temperature, top_p, max_gen_len)
     if llama.parallel.world_rank == 0:
@@ -54,5 +56,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         main(**fire.Fire(flags, serialize=lambda _: None))
-    except CodeLlamaError as error:
+    except (CodeLlamaError, OSError) as error:
         sys.exit(f"error: {error}")

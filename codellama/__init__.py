@@ -21,15 +21,19 @@ if TYPE_CHECKING:
     from codellama.llama import Llama
     from codellama.model import Transformer
     from codellama.prompts import Dialog, Message, dialog_prompt_tokens, infilling_prompt_tokens
+    from codellama.results import ChatPrediction, CompletionPrediction, InfillingPrediction
     from codellama.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChatPrediction",
     "CheckpointError",
     "CodeLlamaError",
+    "CompletionPrediction",
     "ContextLengthError",
     "Dialog",
+    "InfillingPrediction",
     "Llama",
     "MemoryBudgetError",
     "Message",
@@ -52,6 +56,7 @@ _HOMES = {
     "codellama.llama": ("Llama",),
     "codellama.model": ("Transformer",),
     "codellama.prompts": ("Dialog", "Message", "dialog_prompt_tokens", "infilling_prompt_tokens"),
+    "codellama.results": ("ChatPrediction", "CompletionPrediction", "InfillingPrediction"),
     "codellama.tokenizer": ("Tokenizer",),
 }
 

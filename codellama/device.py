@@ -24,6 +24,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device is {chosen}; cpu and cuda are supported")
     if chosen.type == "cpu":
         return torch.device("cpu")
+    if chosen.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"device is {chosen}, which would put every rank on one GPU; use cuda, each takes its own")
     count = torch.cuda.device_count()
     index = local_rank if chosen.index is None else chosen.index
     if index >= count:
@@ -37,7 +39,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     """Take the dtype asked for, or the fastest that is safe there.
 
     bfloat16 has float32's range and half its bytes, so it is taken wherever the hardware computes it; a CPU without it
-    emulates it slowly and gets float32. (On a CPU, `python -m benchmarks.prefill --dtype …` measures both.)
+    emulates it slowly and gets float32. `python -m benchmarks.prefill --dtypes bfloat16,float32` measures both.
 
     Raises:
         ValueError: another dtype.

@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import torch
 
 from codellama.cache import KVCache
 from codellama.checkpoint import load_model, open_checkpoint
-from codellama.config import RuntimeArgs, SamplingParams
+from codellama.config import RuntimeArgs
 from codellama.device import choose_device, choose_dtype, free_memory
 from codellama.errors import PromptError
 from codellama.generation.engine import Engine
@@ -33,6 +33,7 @@ from codellama.results import (
     InfillingPrediction,
     Prediction,
     SamplingOptions,
+    sampling_params,
 )
 from codellama.tokenizer import Tokenizer
 
@@ -47,8 +48,8 @@ DEMO = Path(__file__).parent / "demo"
 class Llama:
     """Generates with one model.
 
-    Under torchrun every rank makes the same calls in the same order; world rank 0's arguments count, and every rank
-    gets all results. Calls from several threads queue.
+    Under torchrun every rank makes the same calls in the same order; world rank 0's arguments count (a logits_processor
+    is each replica leader's own), and every rank gets all results. Calls from several threads queue.
 
     Attributes:
         model: this rank's Transformer, for research code.
@@ -131,7 +132,9 @@ class Llama:
         first = parallel.world_rank == 0
         if ckpt_dir is None and first:
             logger.info("no ckpt_dir given: using the bundled demo checkpoint, a small model that is not Meta's")
-        checkpoint = parallel.agree(lambda: open_checkpoint(ckpt_dir or DEMO, tokenizer_path, rope_theta))
+        checkpoint = parallel.agree(
+            lambda: open_checkpoint(DEMO if ckpt_dir is None else ckpt_dir, tokenizer_path, rope_theta)
+        )
 
         def check() -> str:
             parallel.check_divides(checkpoint.args)
@@ -168,7 +171,7 @@ class Llama:
             logprobs: also return log-probabilities, one for each returned token.
             echo: return the prompt's ids before the generated ones.
             stop_token: ends a generation and is not returned; None is eos.
-            options: see SamplingOptions.
+            options: see SamplingOptions. A seed is every prompt's own, so equal prompts give equal samples with it.
 
         Returns:
             Ids per prompt, and their log-probabilities or None.
@@ -180,7 +183,7 @@ class Llama:
         stop_id = self.tokenizer.eos_id if stop_token is None else stop_token
 
         def make() -> list[Prompt]:
-            params = _params(options, temperature, top_p, max_gen_len, logprobs, echo, stop_id)
+            params = sampling_params(options, temperature, top_p, max_gen_len, logprobs, echo, stop_id)
             return [self.prompts.ids(ids, params, f"prompt {i}") for i, ids in enumerate(_listed(prompt_tokens))]
 
         done = self._complete(make, options)
@@ -208,7 +211,7 @@ class Llama:
         """Continue texts; prompt + generation is exactly the text. See `generate` for the arguments."""
 
         def make() -> list[Prompt]:
-            params = _params(options, temperature, top_p, max_gen_len, logprobs, echo)
+            params = sampling_params(options, temperature, top_p, max_gen_len, logprobs, echo)
             return [self.prompts.text(text, params, f"prompt {i}") for i, text in enumerate(_listed(prompts))]
 
         done = self._complete(make, options)
@@ -236,7 +239,7 @@ class Llama:
         """
 
         def make() -> list[Prompt]:
-            params = _params(options, temperature, top_p, max_gen_len, logprobs)
+            params = sampling_params(options, temperature, top_p, max_gen_len, logprobs)
             if len(_listed(prefixes)) != len(_listed(suffixes)):
                 raise PromptError(
                     f"{len(prefixes)} prefixes but {len(suffixes)} suffixes; one of each belongs to a gap"
@@ -274,7 +277,7 @@ class Llama:
         """
 
         def make() -> list[Prompt]:
-            params = _params(options, temperature, top_p, max_gen_len, logprobs)
+            params = sampling_params(options, temperature, top_p, max_gen_len, logprobs)
             chats = enumerate(_listed(dialogs))
             return [self.prompts.chat(chat, params, allow_special_tags, f"dialog {index}") for index, chat in chats]
 
@@ -296,7 +299,7 @@ class Llama:
     ) -> Iterator[str]:
         """Yield the pieces of text_completion's generation as they become certain; nothing on other ranks."""
         return self._stream(
-            lambda: self.prompts.text(prompt, _params(options, temperature, top_p, max_gen_len)), options
+            lambda: self.prompts.text(prompt, sampling_params(options, temperature, top_p, max_gen_len)), options
         )
 
     def stream_infilling(
@@ -311,7 +314,9 @@ class Llama:
     ) -> Iterator[str]:
         """Yield the pieces of text_infilling's generation as they become certain; nothing on other ranks."""
         return self._stream(
-            lambda: self.prompts.gap(prefix, suffix, _params(options, temperature, top_p, max_gen_len), suffix_first),
+            lambda: self.prompts.gap(
+                prefix, suffix, sampling_params(options, temperature, top_p, max_gen_len), suffix_first
+            ),
             options,
         )
 
@@ -327,7 +332,9 @@ class Llama:
     ) -> Iterator[str]:
         """Yield the pieces of chat_completion's content as they become certain; nothing on other ranks."""
         return self._stream(
-            lambda: self.prompts.chat(dialog, _params(options, temperature, top_p, max_gen_len), allow_special_tags),
+            lambda: self.prompts.chat(
+                dialog, sampling_params(options, temperature, top_p, max_gen_len), allow_special_tags
+            ),
             options,
         )
 
@@ -380,29 +387,6 @@ class Llama:
         if options.get("top_logprobs"):
             described["top_logprobs"] = [{piece(id): value for id, value in s.top} for s in completion.scores]
         return described
-
-
-def _params(
-    options: SamplingOptions,
-    temperature: float,
-    top_p: float,
-    max_gen_len: int | None,
-    logprobs: bool = False,
-    echo: bool = False,
-    stop_token: int | None = None,
-) -> SamplingParams:
-    """Check the arguments of a call; the prompt's kind sets the stop tokens where none is given here."""
-    stop = options.get("stop", ())
-    asked: dict[str, Any] = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
-    return SamplingParams(
-        **asked,
-        temperature=temperature,
-        top_p=top_p,
-        max_gen_len=max_gen_len,
-        logprobs=logprobs or bool(options.get("top_logprobs")),
-        echo=echo,
-        stop_tokens=frozenset() if stop_token is None else frozenset({stop_token}),
-    )
 
 
 def _listed(prompts: Sequence[T]) -> Sequence[T]:

@@ -75,7 +75,14 @@ class Tokenizer:
         return text.removeprefix(" ") if implicit else text
 
     def decode_infilling(self, t: Sequence[int]) -> str:
-        """Decode ids that continue a text, byte for byte; bytes that are no UTF-8 become U+FFFD."""
+        """Decode ids that continue a text, byte for byte; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: an id outside the vocabulary, such as pad_id.
+        """
+        for id in t:
+            if not 0 <= id < self.n_words:
+                raise ValueError(f"id {id} cannot be decoded; the vocabulary has ids 0 to {self.n_words - 1}")
         return b"".join(self._bytes[id] for id in t).decode("utf-8", errors="replace")
 
     def token_piece(self, t: int) -> str:

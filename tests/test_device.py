@@ -18,6 +18,9 @@ def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch)
     assert choose_device(None) == torch.device("cuda", 1)
     assert choose_device("cuda:0") == torch.device("cuda", 0)
     assert choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="every rank on one GPU"):
+        choose_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="rank 2 of this host needs GPU 2, but 2 are visible"):
         choose_device("cuda")

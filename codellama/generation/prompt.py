@@ -4,7 +4,7 @@ It knows nothing of the model beyond two sizes, and nothing of torch.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -57,7 +57,7 @@ class PromptMaker:
         """Continue a text, until eos."""
         with _named(where):
             tokens = self._tokenizer.encode(text, bos=True, eos=False)
-        return self._checked(tokens, replace(params, stop_tokens=frozenset({self._tokenizer.eos_id})), where)
+        return self._checked(tokens, _stopping(params, {self._tokenizer.eos_id}), where)
 
     def gap(
         self, prefix: str, suffix: str, params: SamplingParams, suffix_first: bool = False, where: str = "the gap"
@@ -65,7 +65,7 @@ class PromptMaker:
         """Fill what stands between prefix and suffix, until EOT or eos."""
         with _named(where):
             tokens = infilling_prompt_tokens(self._tokenizer, prefix, suffix, suffix_first)
-        return self._checked(tokens, replace(params, stop_tokens=infilling_stop_tokens(self._tokenizer)), where)
+        return self._checked(tokens, _stopping(params, infilling_stop_tokens(self._tokenizer)), where)
 
     def chat(
         self, dialog: Dialog, params: SamplingParams, allow_tags: bool = False, where: str = "the dialog"
@@ -74,7 +74,7 @@ class PromptMaker:
         chat = format_for(self._tokenizer)
         with _named(where):
             tokens = chat.encode_dialog(dialog, allow_tags)
-        return self._checked(tokens, replace(params, stop_tokens=chat.stop_tokens()), where, strip=True)
+        return self._checked(tokens, _stopping(params, chat.stop_tokens()), where, strip=True)
 
     def request(self, prompt: Prompt, processor: LogitsProcessor | None = None) -> Request:
         """Make the request that runs a prompt."""
@@ -98,6 +98,11 @@ class PromptMaker:
         prompt = Prompt(tokens, replace(params, logits_processor=None), seed, where, strip)
         self.request(prompt)  # its checks are the request's own
         return prompt
+
+
+def _stopping(params: SamplingParams, stop_tokens: Set[int]) -> SamplingParams:
+    """Stop at these tokens, beside the caller's own."""
+    return replace(params, stop_tokens=params.stop_tokens | stop_tokens)
 
 
 @contextmanager

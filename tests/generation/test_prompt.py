@@ -51,16 +51,16 @@ def test_suffix_first() -> None:
     assert make().gap("def f", "return", PARAMS, suffix_first=True).tokens == [1, 3, 4, *after, 5, *before]
 
 
-def test_stop_tokens_by_kind() -> None:
+def test_stop_tokens_by_kind_beside_the_callers_own() -> None:
     stops = [prompt.params.stop_tokens for prompt in four(make())]
-    assert stops == [{99}, {EOS}, {EOS, EOT}, {EOS}]
+    assert stops == [{99}, {99, EOS}, {99, EOS, EOT}, {99, EOS}]
 
 
 def test_stop_tokens_of_the_step_format(tmp_path: Path) -> None:
     tokenizer = tiny.tiny_tokenizer(tmp_path, pieces=(*tiny.INFILLING, "<step>"))
     assert tokenizer.step_id is not None
     prompt = make(tokenizer=tokenizer, max_seq_len=256).chat(DIALOG, PARAMS)
-    assert prompt.params.stop_tokens == {EOS, tokenizer.step_id}
+    assert prompt.params.stop_tokens == {99, EOS, tokenizer.step_id}
     assert prompt.tokens.count(tokenizer.step_id) == 2
 
 
