@@ -39,6 +39,9 @@ def model_files(model: str) -> dict[str, bytes]:
     return {f"CodeLlama-{model}/{name}": content for name, content in files.items()}
 
 
+LOCAL = {"CodeLlama-LICENSE": "LICENSE", "CodeLlama-USE_POLICY.md": "USE_POLICY.md"}
+
+
 @dataclass
 class Mirror:
     """What the server holds, how it misbehaves, and what was asked of it. Paths are relative to the URL's star."""
@@ -165,7 +168,9 @@ def environment_for(target: Path) -> dict[str, str]:
 
 
 def contents(target: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    # Meta's licence and policy get a name of their own: the folder may hold this repository's LICENSE.
+    return {LOCAL.get(name, name): content for name, content in files.items()}
 
 
 def put(target: Path, path: str, content: bytes) -> None:
