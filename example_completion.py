@@ -13,7 +13,7 @@ from typing import Any
 
 import fire
 
-from codellama import CodeLlamaError, Llama
+from codellama import CodeLlamaError, Llama, SamplingParams
 
 PROMPTS = [
     "def is_even(n):\n    ",
@@ -39,10 +39,11 @@ def flags(
 
 def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file: str | None, **build: Any) -> None:
     """Complete the prompts and print them."""
+    SamplingParams(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)  # wrong values fail before loading
     llama = Llama.build(**build)
     prompts = PROMPTS
     if prompt_file is not None:
-        prompts = llama.parallel.share(lambda: [Path(str(prompt_file)).read_text()])
+        prompts = llama.parallel.share(lambda: [Path(str(prompt_file)).read_bytes().decode()])
     results = llama.text_completion(prompts, temperature, top_p, max_gen_len)
     if llama.parallel.world_rank == 0:
         for prompt, result in zip(prompts, results, strict=True):
@@ -53,5 +54,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         main(**fire.Fire(flags, serialize=lambda _: None))
-    except (CodeLlamaError, OSError) as error:
+    except (CodeLlamaError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")

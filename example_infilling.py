@@ -3,8 +3,7 @@
     python example_infilling.py
     torchrun --nproc_per_node 1 example_infilling.py --ckpt_dir CodeLlama-7b
 
-Without --ckpt_dir it uses the small demo checkpoint. --prompt_file FILE (or /dev/stdin) fills the <FILL> of your
-own text.
+Without --ckpt_dir it uses the small demo checkpoint. --prompt_file FILE fills the <FILL> of your own text.
 """
 
 import logging
@@ -14,7 +13,7 @@ from typing import Any
 
 import fire
 
-from codellama import CodeLlamaError, Llama
+from codellama import CodeLlamaError, Llama, SamplingParams
 
 PROMPTS = [
     "def gcd(a, b):\n    while b:\n        <FILL>\n    return a\n",
@@ -39,12 +38,13 @@ def flags(
 
 def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file: str | None, **build: Any) -> None:
     """Fill the gaps and print the texts."""
+    SamplingParams(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)  # wrong values fail before loading
     llama = Llama.build(**build)
     prompts = PROMPTS
     if prompt_file is not None:
-        prompts = llama.parallel.share(lambda: [Path(str(prompt_file)).read_text()])
-    if not all("<FILL>" in prompt for prompt in prompts):
-        sys.exit("error: the text has no <FILL>")
+        prompts = llama.parallel.share(lambda: [Path(str(prompt_file)).read_bytes().decode()])
+    if any(prompt.count("<FILL>") != 1 for prompt in prompts):
+        raise ValueError("exactly one <FILL> was expected in the text")
     prefixes, _, suffixes = zip(*(prompt.partition("<FILL>") for prompt in prompts), strict=True)
     results = llama.text_infilling(prefixes, suffixes, temperature, top_p, max_gen_len)
     if llama.parallel.world_rank == 0:
@@ -56,5 +56,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         main(**fire.Fire(flags, serialize=lambda _: None))
-    except (CodeLlamaError, OSError) as error:
+    except (CodeLlamaError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")

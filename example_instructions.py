@@ -13,7 +13,7 @@ from typing import Any
 
 import fire
 
-from codellama import CodeLlamaError, Dialog, Llama
+from codellama import CodeLlamaError, Dialog, Llama, SamplingParams
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "Write a Python function that checks whether a number is prime."}],
@@ -38,10 +38,11 @@ def flags(
 
 def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file: str | None, **build: Any) -> None:
     """Ask and print the answers."""
+    SamplingParams(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)  # wrong values fail before loading
     llama = Llama.build(**build)
     dialogs = DIALOGS
     if prompt_file is not None:
-        question = llama.parallel.share(lambda: Path(str(prompt_file)).read_text())
+        question = llama.parallel.share(lambda: Path(str(prompt_file)).read_bytes().decode())
         dialogs = [[{"role": "user", "content": question}]]
     results = llama.chat_completion(dialogs, temperature, top_p, max_gen_len)
     if llama.parallel.world_rank == 0:
@@ -55,5 +56,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         main(**fire.Fire(flags, serialize=lambda _: None))
-    except (CodeLlamaError, OSError) as error:
+    except (CodeLlamaError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")

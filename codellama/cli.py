@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import fire
 from fire.decorators import SetParseFns
 
+from codellama.config import SamplingParams
 from codellama.errors import CodeLlamaError, PromptError
+from codellama.prompts import TAGS
 
 if TYPE_CHECKING:
     from codellama.llama import Llama
@@ -121,7 +123,7 @@ COMMANDS = {
 
 def main() -> None:
     """Understand every flag, then work; an error of ours is one line and exit status 1."""
-    args = sys.argv[1:]
+    args = sys.argv[1:] or ["--help"]
     if "--" not in args:
         args += ["--", "--separator", "\0"]  # else Fire takes a lone - for itself, and it means standard input
     work = fire.Fire(COMMANDS, args, name="codellama", serialize=lambda _: None)
@@ -130,7 +132,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     run, flags = work.run
     try:
+        SamplingParams(**{name: flags[name] for name in ("temperature", "top_p", "max_gen_len", "seed")})
         run(**flags)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
+        sys.exit(1)
     except (CodeLlamaError, ValueError, TypeError, OSError) as error:
         sys.exit(f"codellama: {error}")
     except KeyboardInterrupt:
@@ -164,11 +170,20 @@ def _chat(
             question = question if once else llama.parallel.share(_ask)
         except EOFError:
             return
-        dialog.append({"role": "user", "content": question})
-        answer = _show(llama, llama.stream_chat(dialog, temperature, top_p, max_gen_len))
-        dialog.append({"role": "assistant", "content": answer})
+        turn: list[Message] = [*dialog, {"role": "user", "content": question}]
+        try:
+            answer = _show(llama, llama.stream_chat(turn, temperature, top_p, max_gen_len))
+        except PromptError as error:
+            if once:
+                raise
+            print(f"codellama: {error}", file=sys.stderr)  # the chat goes on without this turn
+            continue
         if once:
             return
+        if any(tag in answer for tag in TAGS):
+            print("codellama: the answer holds tags of the chat format, so this turn is forgotten", file=sys.stderr)
+        else:
+            dialog = [*turn, {"role": "assistant", "content": answer}]
 
 
 def _build(flags: dict[str, Any]) -> tuple["Llama", int | None]:
@@ -179,19 +194,21 @@ def _build(flags: dict[str, Any]) -> tuple["Llama", int | None]:
 
 
 def _ask() -> str:
-    return input("> ")
+    """Ask until there is a question."""
+    while not (question := input("> ")).strip():
+        pass
+    return question
 
 
 def _show(llama: "Llama", pieces: Iterator[str], before: str = "", after: str = "") -> str:
     """Print a text as it grows, on world rank 0 alone, and return what was generated."""
-    first = llama.parallel.world_rank == 0
-    generated = []
-    if first:
-        print(before, end="", flush=True)
+    generated = [next(pieces, "")]  # what is wrong with the prompt is said before anything is printed
+    if llama.parallel.world_rank == 0:
+        print(f"{before}{generated[0]}", end="", flush=True)
     for piece in pieces:
         generated.append(piece)
         print(piece, end="", flush=True)
-    if first:
+    if llama.parallel.world_rank == 0:
         print(after, end="" if after.endswith("\n") else "\n", flush=True)
     return "".join(generated)
 
@@ -205,10 +222,15 @@ def _read(file: str | None, prompt: str | None) -> str:
     if prompt is not None:
         return prompt
     if file is not None and file != "-":
-        return Path(file).read_bytes().decode()  # text mode would turn \r\n into \n
-    if sys.stdin.isatty():
-        print("reading standard input; end it with Ctrl-D", file=sys.stderr)
-    return sys.stdin.buffer.read().decode()
+        content = Path(file).read_bytes()  # text mode would turn \r\n into \n
+    else:
+        if sys.stdin.isatty():
+            print("reading standard input; end it with Ctrl-D", file=sys.stderr)
+        content = sys.stdin.buffer.read()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{file or 'standard input'} is not UTF-8 text ({error.reason} at {error.start})") from error
 
 
 def _split(text: str) -> tuple[str, str]:

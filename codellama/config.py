@@ -86,7 +86,7 @@ class ModelArgs:
             rope_theta: counts where the file gives none.
 
         Raises:
-            CheckpointError: an unknown or missing key, a bad value, or no rope_theta from either side.
+                CheckpointError: an unknown or missing key, a bad value, no rope_theta from either side, or two.
         """
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(params) - known)
@@ -108,6 +108,8 @@ class ModelArgs:
                     "rope_theta=1000000.0 for Code Llama (10000.0 for 70B Python and Instruct, and for Llama 2)"
                 )
             values["rope_theta"] = rope_theta
+        elif rope_theta is not None and rope_theta != values["rope_theta"]:
+            raise CheckpointError(f"rope_theta {rope_theta} was given, but params.json says {values['rope_theta']}")
         return cls(**values)
 
 

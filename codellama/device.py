@@ -19,13 +19,18 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         ValueError: no such device here.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; cpu, cuda or cuda:N was expected") from error
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {chosen}; cpu and cuda are supported")
     if chosen.type == "cpu":
         return torch.device("cpu")
     if chosen.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise ValueError(f"device is {chosen}, which would put every rank on one GPU; use cuda, each takes its own")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device is {chosen}, but PyTorch finds no GPU here")
     count = torch.cuda.device_count()
     index = local_rank if chosen.index is None else chosen.index
     if index >= count:
@@ -63,5 +68,5 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that this rank may still take on the device; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free_host_memory()

@@ -4,6 +4,7 @@ It turns prompts into requests and results into dicts. It knows nothing of rows,
 """
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from codellama.results import (
     InfillingPrediction,
     Prediction,
     SamplingOptions,
+    refuse_alternatives,
     sampling_params,
 )
 from codellama.tokenizer import Tokenizer
@@ -86,7 +88,7 @@ class Llama:
         self.engine = Engine(runner, Scheduler(self.runtime), self.parallel)
         self.prompts = PromptMaker(tokenizer, model.args.vocab_size, self.runtime.max_seq_len, seed)
         self._calls = threading.Lock()
-        self._caller: int | None = None
+        self._caller: threading.Thread | None = None
 
     @staticmethod
     def build(
@@ -146,7 +148,7 @@ class Llama:
         line = parallel.agree(check)
         if first:
             logger.info("%s, %s on %d rank(s); %s", str(dtype).removeprefix("torch."), device, parallel.size, line)
-        show = first if progress is None else progress
+        show = first and sys.stderr.isatty() if progress is None else progress
         model = parallel.agree(lambda: load_model(checkpoint, parallel, device, dtype, show))
         return Llama(model, checkpoint.tokenizer(), runtime=runtime, parallel=parallel, seed=seed)
 
@@ -181,6 +183,7 @@ class Llama:
             ContextLengthError: a prompt that leaves no room.
         """
         stop_id = self.tokenizer.eos_id if stop_token is None else stop_token
+        refuse_alternatives(options)
 
         def make() -> list[Prompt]:
             params = sampling_params(options, temperature, top_p, max_gen_len, logprobs, echo, stop_id)
@@ -354,6 +357,7 @@ class Llama:
 
     def _stream(self, make: Callable[[], Prompt], options: SamplingOptions) -> Iterator[str]:
         """Run one streaming call on all ranks; the text comes out on world rank 0 alone."""
+        refuse_alternatives(options)
         with self._turn():
             mine = self.parallel.deal(lambda: [make()])
             with self.parallel.together():
@@ -368,10 +372,10 @@ class Llama:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """Let one call in at a time."""
-        if self._caller == threading.get_ident():
+        if self._caller is threading.current_thread():
             raise RuntimeError("this thread has an open stream of this generator: exhaust it or close() it first")
         with self._calls:
-            self._caller = threading.get_ident()
+            self._caller = threading.current_thread()
             try:
                 yield
             finally:

@@ -10,6 +10,8 @@ from pathlib import Path
 from codellama.config import ModelArgs, RuntimeArgs
 from codellama.errors import MemoryBudgetError
 
+_CGROUP = "/sys/fs/cgroup"
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -101,9 +103,12 @@ def free_host_memory() -> int | None:
     for line in meminfo.splitlines():
         if line.startswith("MemAvailable:"):
             candidates.append(int(line.split()[1]) * 1024)
-    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    limit, used = _read(f"{_CGROUP}/memory.max").strip(), _read(f"{_CGROUP}/memory.current").strip()
     if limit.isdigit() and used.isdigit():
-        candidates.append(int(limit) - int(used))
+        cached = sum(
+            int(line.split()[1]) for line in _read(f"{_CGROUP}/memory.stat").splitlines() if line[:5] == "file "
+        )
+        candidates.append(int(limit) - int(used) + cached)  # the kernel drops cached files when memory is asked for
     if not candidates:
         return None
     return min(candidates) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -3,7 +3,7 @@
 They know nothing of how a result is made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 from codellama.config import LogitsProcessor, SamplingParams
@@ -17,6 +17,7 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     stop: str | Sequence[str] | None
+    stop_tokens: Collection[int]
     seed: int | None
     top_logprobs: int
     logits_processor: LogitsProcessor | None
@@ -77,9 +78,10 @@ def sampling_params(
     if unknown:
         known = ", ".join(SamplingOptions.__annotations__)
         raise TypeError(f"unknown argument {', '.join(sorted(unknown))}; beside the named ones there are {known}")
-    stop = options.get("stop")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    asked: dict[str, Any] = {**options, "stop": stops}
+    asked: dict[str, Any] = dict(options)
+    own = frozenset(asked.pop("stop_tokens", ()))
+    if asked.get("stop", ()) is None:
+        del asked["stop"]
     return SamplingParams(
         **asked,
         temperature=temperature,
@@ -87,5 +89,15 @@ def sampling_params(
         max_gen_len=max_gen_len,
         logprobs=logprobs or bool(options.get("top_logprobs")),
         echo=echo,
-        stop_tokens=frozenset() if stop_token is None else frozenset({stop_token}),
+        stop_tokens=own if stop_token is None else own | {stop_token},
     )
+
+
+def refuse_alternatives(options: SamplingOptions) -> None:
+    """Refuse to compute what a result has no place for.
+
+    Raises:
+        ValueError: top_logprobs is asked for.
+    """
+    if options.get("top_logprobs"):
+        raise ValueError("top_logprobs has no place in this method's result; text_completion and its kin return it")

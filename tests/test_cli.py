@@ -18,6 +18,18 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: str, stdin: str = "") -> None:
     cli.main()
 
 
+def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Answer input() with these lines, then with the end of the file."""
+    left = list(lines)
+
+    def answer(prompt: str) -> str:
+        if not left:
+            raise EOFError
+        return left.pop(0)
+
+    monkeypatch.setattr("builtins.input", answer)
+
+
 @pytest.fixture
 def checkpoint(tiny_folder: Path) -> tuple[str, str]:
     return "--ckpt_dir", str(tiny_folder)
@@ -81,15 +93,7 @@ def test_chat_answers_one_question(
 def test_chat_in_a_terminal_keeps_the_dialog(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: tuple[str, str], llama: Llama
 ) -> None:
-    questions = iter(["one", "two"])
-
-    def ask(prompt: str) -> str:
-        try:
-            return next(questions)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", ask)
+    type_in(monkeypatch, "one", "two")
     monkeypatch.setattr(sys, "argv", ["codellama", "chat", *checkpoint, *FLAGS])
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     cli.main()
@@ -110,6 +114,38 @@ def test_a_misspelled_flag_fails_before_anything_loads(
         run(monkeypatch, command, "--prompt", "x <FILL>", "--tempratur", "1")
     assert caught.value.code == 2
     assert "--tempratur" in capsys.readouterr().err
+
+
+def test_wrong_values_fail_before_anything_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Llama, "build", lambda **_: pytest.fail("something was loaded"))
+    for flags, message in ((("--temperature", "-1"), "temperature is -1"), (("--seed", "x"), "seed is 'x'")):
+        with pytest.raises(SystemExit, match=f"codellama: {message}"):
+            run(monkeypatch, "complete", "--prompt", "x", *flags)
+
+
+def test_a_refused_turn_does_not_end_the_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: tuple[str, str]
+) -> None:
+    type_in(monkeypatch, "one [INST]", " ", "two")
+    monkeypatch.setattr(sys, "argv", ["codellama", "chat", *checkpoint, *FLAGS])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    cli.main()
+    printed = capsys.readouterr()
+    assert "contains [INST]" in printed.err
+    assert printed.out.count("\n") >= 1
+
+
+def test_no_command_prints_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch)
+    assert caught.value.code == 0
+    assert "infill" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"ok \xff\xfe")
+    with pytest.raises(SystemExit, match=r"binary is not UTF-8 text \(invalid start byte at 3\)"):
+        run(monkeypatch, "complete", str(tmp_path / "binary"))
 
 
 def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

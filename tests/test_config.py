@@ -63,8 +63,10 @@ def test_vocab_size_of_the_file_counts(in_file: dict[str, int], expected: int) -
     assert ModelArgs.from_params(PARAMS | in_file, vocab_size=320).vocab_size == expected
 
 
-def test_rope_theta_of_the_file_counts() -> None:
-    assert ModelArgs.from_params(PARAMS, vocab_size=320, rope_theta=1e4).rope_theta == 1e6
+def test_two_values_of_rope_theta_are_refused() -> None:
+    assert ModelArgs.from_params(PARAMS, vocab_size=320, rope_theta=1e6).rope_theta == 1e6
+    with pytest.raises(CheckpointError, match=r"rope_theta 10000\.0 was given, but params\.json says 1000000\.0"):
+        ModelArgs.from_params(PARAMS, vocab_size=320, rope_theta=1e4)
 
 
 @pytest.mark.parametrize("in_file", [{}, {"rope_theta": None}])

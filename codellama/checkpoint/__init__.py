@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from codellama.checkpoint.layout import Checkpoint, rank_span, tensor_shapes
-from codellama.checkpoint.meta import MetaCheckpoint, write_meta
+from codellama.checkpoint.meta import MetaCheckpoint, find_shards, write_meta
 from codellama.errors import CheckpointError
 from codellama.model import Transformer
 from codellama.parallel import Parallel
@@ -36,7 +36,9 @@ def open_checkpoint(
     if not folder.is_dir():
         what = "is a file; the folder that holds it was expected" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {what}")
-    checkpoint = MetaCheckpoint(folder, Tokenizer(tokenizer_path or folder / "tokenizer.model"), rope_theta)
+    find_shards(folder)  # before the tokenizer: a folder without weights is the wrong folder
+    words_path = folder / "tokenizer.model" if tokenizer_path is None else tokenizer_path
+    checkpoint = MetaCheckpoint(folder, Tokenizer(words_path), rope_theta)
     words, rows = checkpoint.tokenizer().n_words, checkpoint.args.vocab_size
     if words != rows:
         raise CheckpointError(

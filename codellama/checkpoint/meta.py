@@ -36,7 +36,7 @@ class MetaCheckpoint:
             CheckpointError: what is missing or wrong, the file, and what was expected.
         """
         self._tokenizer = tokenizer
-        self._paths = _find_shards(folder)
+        self._paths = find_shards(folder)
         params = _read_params(folder)
         self.args = ModelArgs.from_params(params, vocab_size=tokenizer.n_words, rope_theta=rope_theta)
         self._shapes = tensor_shapes(self.args)
@@ -85,7 +85,7 @@ class MetaCheckpoint:
         if extra:
             raise CheckpointError(f"{path} holds {_some(extra)}, which params.json has no place for")
         count = len(self._paths)
-        wrong = []
+        wrong, factors = [], set()
         for name, full in self._shapes.items():
             expected, axis = list(full), shard_dim(name)
             if axis is not None:
@@ -95,9 +95,13 @@ class MetaCheckpoint:
             found = list(shard[name].shape)
             if found != expected:
                 wrong.append(f"{name} is {found}, expected {expected}")
+            if axis is not None and found[axis : axis + 1] and full[axis] % found[axis] == 0:
+                factors.add(full[axis] // found[axis])
         if wrong:
             hint = ""
-            if any(name.startswith(("tok_embeddings", "output")) for name in wrong):
+            if len(factors) == 1 and count not in factors:
+                hint = f". Such shapes belong to a checkpoint of {factors.pop()} files: are some missing here?"
+            elif any(name.startswith(("tok_embeddings", "output")) for name in wrong):
                 hint = (
                     f". The vocabulary has {self.args.vocab_size} pieces (tokenizer: {self._tokenizer.n_words}): "
                     f"is this the tokenizer.model that came with these weights?"
@@ -135,11 +139,16 @@ def write_meta(
     (folder / "checklist.chk").write_text("".join(lines))
 
 
-def _find_shards(folder: Path) -> list[Path]:
+def find_shards(folder: Path) -> list[Path]:
+    """List the files of the weights in order.
+
+    Raises:
+        CheckpointError: there are none, or one between two others is missing.
+    """
     numbered = {}
     for path in folder.iterdir():
         match = re.fullmatch(r"consolidated\.(\d\d)\.pth", path.name)
-        if match:
+        if match and path.is_file():
             numbered[int(match[1])] = path
     if not numbered:
         raise CheckpointError(f"{folder} holds no consolidated.00.pth: it is not a checkpoint in Meta's layout")
@@ -181,8 +190,15 @@ def _open_shard(path: Path) -> dict[str, Tensor]:
             f"{path} ({path.stat().st_size} bytes) cannot be read, it is probably truncated: "
             f"compare its md5 with checklist.chk and download it again"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path} is not a dict of tensors")
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{path} is not a dict of tensors with names")
+    for name, tensor in state.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_floating_point()
+        if not plain:
+            kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise CheckpointError(
+                f"{path} holds {name} as {kind}; a dense tensor of floating-point numbers was expected"
+            )
     return state
 
 

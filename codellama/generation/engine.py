@@ -56,7 +56,7 @@ class Engine:
             self._parallel.channel.send_integers(batch.to_integers())
         offset = batch.logits_from
         for logits in self._runner.run(batch):
-            self._check_finite(logits)
+            self._check_nan(logits)
             self._take(batch, offset, logits)
             offset += logits.shape[1]
         self._scheduler.commit(batch)
@@ -143,17 +143,16 @@ class Engine:
             if request.scores_prompt and known:
                 request.scores += score(logits[row, : len(known)], known, request.params.top_logprobs)
             if following + logits.shape[1] - 1 == request.n_tokens and request.n_max > 0:
-                ids = [*request.prompt, *request.output]
                 last = logits[row, -1]
-                drawn.append((request, last, sample(last, request.params, request.rng.random(), ids)))
+                drawn.append((request, last, sample(last, request.params, request.rng.random(), request.history())))
         if not drawn:
             return
-        tokens = torch.stack([token for _, _, token in drawn]).tolist()  # the step's one wait for the device
+        tokens = torch.stack([token for _, _, token in drawn]).tolist()  # one wait for all rows
         for (request, last, _), token in zip(drawn, tokens, strict=True):
             params = request.params
             request.append(token, score(last[None], [token], params.top_logprobs)[0] if params.logprobs else None)
 
-    def _check_finite(self, logits: Tensor) -> None:
+    def _check_nan(self, logits: Tensor) -> None:
         """Refuse NaN, and name the ranks whose share of the vocabulary holds it."""
         if not torch.isnan(logits).any():
             return

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from codellama.config import LogitsProcessor, SamplingParams
 from codellama.errors import PromptError
-from codellama.generation.request import GeneratedText, Request
+from codellama.generation.request import GeneratedText, Request, check_ids
 from codellama.prompts import Dialog, format_for, infilling_prompt_tokens, infilling_stop_tokens
 from codellama.tokenizer import Tokenizer
 
@@ -47,11 +47,13 @@ class PromptMaker:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_seq_len = max_seq_len
-        self._seeds = random.Random(seed)
+        if seed is not None and not isinstance(seed, int):
+            raise TypeError(f"seed is {seed!r}; an integer was expected")
+        self._seeds = random.Random() if seed is None else random.Random(str(seed))
 
     def ids(self, tokens: Sequence[int], params: SamplingParams, where: str = "the prompt") -> Prompt:
         """Take ids as they are; the caller sets the stop tokens."""
-        return self._checked(list(tokens), params, where)
+        return self._checked(tokens, params, where)
 
     def text(self, text: str, params: SamplingParams, where: str = "the prompt") -> Prompt:
         """Continue a text, until eos."""
@@ -93,10 +95,11 @@ class PromptMaker:
             prompt.where,
         )
 
-    def _checked(self, tokens: list[int], params: SamplingParams, where: str, strip: bool = False) -> Prompt:
+    def _checked(self, tokens: Sequence[int], params: SamplingParams, where: str, strip: bool = False) -> Prompt:
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        prompt = Prompt(tokens, replace(params, logits_processor=None), seed, where, strip)
-        self.request(prompt)  # its checks are the request's own
+        ids = check_ids(tokens, self._vocab_size, where)
+        prompt = Prompt(ids, replace(params, logits_processor=None), seed, where, strip)
+        self.request(prompt)  # the other checks are the request's own
         return prompt
 
 

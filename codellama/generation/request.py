@@ -3,8 +3,9 @@
 It knows nothing of batches, of the model, or of torch.
 """
 
+import operator
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -182,6 +183,11 @@ class Request:
         """True while part of the prompt is not in the cache yet."""
         return self.n_cached < len(self.prompt)
 
+    def history(self) -> list[int]:
+        """Prompt and output, for those parameters that look back; else nothing, since a prompt may be long."""
+        looks_back = self.params.logits_processor is not None or self.params.repetition_penalty != 1
+        return [*self.prompt, *self.output] if looks_back else []
+
     def completion(self) -> Completion:
         """Return the result of a finished request."""
         assert self.finish_reason is not None, "the request is finished"
@@ -234,12 +240,15 @@ def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> list[int]:
         PromptError: none at all, or one outside the vocabulary.
         TypeError: something else than integers.
     """
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise TypeError(f"{where} is {ids!r}; a list of integer token ids was expected")
     ids = list(ids)
     if not ids:
         raise PromptError(f"{where} holds no token ids; at least one is needed (an empty text is bos alone)")
     for index, id in enumerate(ids):
-        if not isinstance(id, int) or isinstance(id, bool):
+        if not hasattr(id, "__index__") or isinstance(id, bool):
             raise TypeError(f"{where} holds {id!r} at {index}; integer token ids were expected")
+        ids[index] = id = operator.index(id)  # numpy's integers are welcome
         if not 0 <= id < vocab_size:
             raise PromptError(f"{where} holds id {id} at {index}; the vocabulary has ids 0 to {vocab_size - 1}")
     return ids

@@ -22,7 +22,7 @@ def sample(logits: Tensor, params: SamplingParams, uniform: float, ids: Sequence
     """Choose the next token.
 
     The order is: logits_processor, repetition penalty, temperature, top_k, top_p, min_p; what remains is drawn by the
-    inverse of the cumulative distribution in the order of ids, so that equal inputs give equal tokens on any device.
+    inverse of the cumulative distribution in the order of ids, which no neighbour and no batch can change.
 
     Args:
         logits: float32 `[V]`; not changed.
@@ -41,7 +41,7 @@ def sample(logits: Tensor, params: SamplingParams, uniform: float, ids: Sequence
         if not isinstance(processed, Tensor) or processed.shape != logits.shape:
             found = list(processed.shape) if isinstance(processed, Tensor) else type(processed).__name__
             raise ValueError(f"logits_processor returned {found}; a tensor of {list(logits.shape)} was expected")
-        logits = processed.float()
+        logits = processed.to(logits)
         if not logits.max() > -math.inf:
             raise ValueError("logits_processor returned no logit that is a number above -inf: it allows no token")
     if params.repetition_penalty != 1:
@@ -57,7 +57,8 @@ def sample(logits: Tensor, params: SamplingParams, uniform: float, ids: Sequence
         probs = torch.where(probs < params.min_p * probs.max(), 0, probs)
     cumulative = probs.cumsum(0)
     drawn = torch.searchsorted(cumulative, cumulative[-1] * uniform, right=True)
-    return torch.minimum(drawn, probs.nonzero()[-1, 0])  # rounding must not carry the draw past the last token kept
+    kept = torch.where(probs > 0, torch.arange(len(probs), device=probs.device), 0)
+    return torch.minimum(drawn, kept.max())  # rounding must not carry the draw past the last token kept
 
 
 def penalize(logits: Tensor, penalty: float, ids: Sequence[int]) -> Tensor:

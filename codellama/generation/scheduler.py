@@ -94,6 +94,7 @@ class Scheduler:
                 request.finish("cancelled")
         self._waiting.clear()
         self._prompts.clear()
+        self._prefills = 0
         self._rows = [None] * len(self._rows)
         self._lengths = [0] * len(self._lengths)
 

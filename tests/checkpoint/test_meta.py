@@ -108,12 +108,26 @@ def test_no_shard_a_gap_between_shards_no_params_no_tokenizer(folder: Path) -> N
     (folder / "consolidated.00.pth").rename(folder / "consolidated.02.pth")
     with pytest.raises(CheckpointError, match=r"lacks consolidated\.00\.pth"):
         open_checkpoint(folder)
+    (folder / "consolidated.02.pth").rename(folder / "consolidated.00.pth")
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer at .*tokenizer\.model"):
+        open_checkpoint(folder)
     for path in folder.glob("*.pth"):
         path.unlink()
     with pytest.raises(CheckpointError, match=r"holds no consolidated\.00\.pth"):
         open_checkpoint(folder)
-    (folder / "tokenizer.model").unlink()
-    with pytest.raises(CheckpointError, match=r"no tokenizer at .*tokenizer\.model"):
+
+
+def test_the_last_shard_is_missing(folder: Path) -> None:
+    (folder / "consolidated.01.pth").unlink()
+    with pytest.raises(CheckpointError, match="belong to a checkpoint of 2 files: are some missing here"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(48, 24, dtype=torch.int8), torch.ones(48, 24).to_sparse()])
+def test_tensors_that_are_no_dense_floats(folder: Path, tensor: torch.Tensor) -> None:
+    rewrite(folder, 1, **{"layers.1.attention.wo.weight": tensor})
+    with pytest.raises(CheckpointError, match=r"holds layers\.1\.attention\.wo\.weight as .*; a dense tensor"):
         open_checkpoint(folder)
 
 
@@ -158,7 +172,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(
 
 def test_not_a_dict_of_tensors(folder: Path) -> None:
     torch.save([torch.ones(2)], folder / "consolidated.00.pth")
-    with pytest.raises(CheckpointError, match="not a dict of tensors"):
+    with pytest.raises(CheckpointError, match="not a dict of tensors with names"):
         open_checkpoint(folder)
 
 

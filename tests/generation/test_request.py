@@ -207,7 +207,7 @@ def test_nothing_to_generate_needs_no_room() -> None:
         ([-1], PromptError, "gap 2 holds id -1 at 0"),
         ([1, 2.0], TypeError, r"gap 2 holds 2\.0 at 1"),
         ([True], TypeError, "gap 2 holds True at 0"),
-        ("12", TypeError, "gap 2 holds '1' at 0"),
+        ("12", TypeError, "gap 2 is '12'; a list of integer"),
     ],
 )
 def test_bad_ids(ids: Sequence[int], error: type[Exception], message: str) -> None:
