@@ -3,18 +3,27 @@
 It is a gloo group of its own, never the group that the model's collectives use, so that waiting burns no core (NCCL
 would) and the two kinds of traffic cannot meet. It knows nothing of batches or requests: integers and objects.
 
-While nothing is sent, the leader sends an idle message every second. A follower that waits drops it; thereby its wait
+Between its messages the leader sends idle ones, two a second. A follower that waits drops them; thereby its wait
 returns to Python, where Ctrl-C can act, and a follower that died while it waited is found. There is never more than one
 idle message under way: a follower in its own code has not received it yet, and need not.
+
+A follower that is gone has died if it was waiting, or if its answer is expected; one in its own code may have come to
+the end of its script, and is missed at the next message. What fails half-way leaves the ranks at different places, so
+the channel is then of no more use: every later call on it fails at once, where it would wait for ever.
 """
 
+import atexit
 import logging
 import os
 import pickle
+import re
 import signal
 import threading
+import time
+import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +32,8 @@ import torch.distributed as dist
 
 from codellama.errors import RankError
 
-IDLE_SECONDS = 1.0
+IDLE_SECONDS = 0.5
+EXIT_SECONDS = 0.2
 _INLINE = 254  # integers that travel in the first message
 _IDLE, _INTEGERS, _OBJECT = 0, 1, 2
 
@@ -34,22 +44,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception on its way to another rank."""
+    """An exception on its way to another rank; one that cannot be pickled arrives as a RankError with its text."""
 
     error: Exception
 
+    def __reduce__(self) -> tuple[type["Failure"], tuple[Exception]]:
+        """Pickle the error if it can be rebuilt from that."""
+        try:
+            pickle.loads(pickle.dumps(self.error))
+        except Exception:  # whatever a foreign exception's pickling does
+            return Failure, (RankError(f"another rank raised {one_line(self.error)}"),)
+        return Failure, (self.error,)
+
 
 def outcome_of(make: Callable[[], T]) -> T | Failure:
-    """Call make, and hold what it raises; an exception that cannot be pickled becomes a RankError with its text."""
+    """Call make, and hold what it raises."""
     try:
         return make()
     except RankError:
         raise  # the others cannot be reached any more
     except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # whatever a foreign exception's pickling does
-            return Failure(RankError(f"another rank raised {error!r}"))
         return Failure(error)
 
 
@@ -60,6 +74,13 @@ def unwrap(outcome: T | Failure) -> T:
     return outcome
 
 
+def one_line(error: Exception) -> str:
+    """Name an exception, with the first line of its text; gloo's has a place in its source before and advice after."""
+    if type(error) is not RuntimeError:
+        return traceback.format_exception_only(error)[0].split("\n")[0]
+    return re.sub(r"^\[\S+\] ", "", str(error).strip()).split("\n")[0].split(". ")[0]
+
+
 class Channel:
     """From the first member of a group to the others. Ranks are world ranks."""
 
@@ -68,10 +89,16 @@ class Channel:
         self._group = group
         self._members = list(members)
         self._leader = self._members[0]
+        self._rank = dist.get_rank()
+        self._lost: RankError | None = None
+        self._expecting = False
         self._lock = threading.Lock()
+        # A thread of gloo's lets go of a tensor a moment after the call that sent it has returned, and needs the
+        # interpreter for that: the process aborts where that is being torn down (seen in 1 of 60 runs).
+        atexit.unregister(_pause)
+        atexit.register(_pause)
         self._idle: dist.Work | None = None
         self._heard = False
-        self._sent = False
         if self.is_leader:
             arguments = (weakref.ref(self),)
             threading.Thread(target=_send_idle, args=arguments, daemon=True, name="codellama-idle").start()
@@ -79,7 +106,20 @@ class Channel:
     @property
     def is_leader(self) -> bool:
         """True on the rank that sends."""
-        return dist.get_rank() == self._leader
+        return self._rank == self._leader
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """On the leader, run a body at whose end every follower owes an answer: one that is gone by then has died."""
+        self._expecting = True
+        try:
+            yield
+        finally:
+            self._expecting = False
+
+    def give_up(self, error: RankError) -> None:
+        """Let every later call on this rank raise this error; the first one counts."""
+        self._lost = self._lost or error
 
     def send_integers(self, values: Sequence[int]) -> None:
         """Send a list of integers from the leader to every follower.
@@ -124,23 +164,20 @@ class Channel:
         """
         if not self.is_leader:
             content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-            try:
+            with self._contact("the leader"):
                 dist.send(torch.tensor([content.numel()]), self._leader, group=self._group)
                 dist.send(content, self._leader, group=self._group)
-            except RuntimeError as error:
-                raise self._gone("the leader", error) from error
             gathered: list[Any] = self.receive_object()
             return gathered
         values = [value]
-        for member in self._members[1:]:
-            try:
-                length = torch.zeros(1, dtype=torch.int64)
-                dist.recv(length, member, group=self._group)
-                content = torch.empty(int(length), dtype=torch.uint8)
-                dist.recv(content, member, group=self._group)
-            except RuntimeError as error:
-                raise self._gone(f"rank {member}", error) from error
-            values.append(pickle.loads(content.numpy().tobytes()))
+        with self.expecting():
+            for member in self._members[1:]:
+                with self._contact(f"rank {member}"):
+                    length = torch.zeros(1, dtype=torch.int64)
+                    dist.recv(length, member, group=self._group)
+                    content = torch.empty(int(length), dtype=torch.uint8)
+                    dist.recv(content, member, group=self._group)
+                values.append(pickle.loads(content.numpy().tobytes()))
         self.send_object(values)
         return values
 
@@ -149,47 +186,55 @@ class Channel:
         first[0], first[1] = kind, payload.numel()
         inline = payload[:_INLINE]
         first[2 : 2 + inline.numel()] = inline
-        with self._lock:
-            try:
-                if self._idle is not None:
-                    self._idle.wait()
-                    self._idle = None
-                dist.broadcast(first, self._leader, group=self._group)
-                if payload.numel() > _INLINE:
-                    dist.broadcast(payload[_INLINE:].clone(), self._leader, group=self._group)
-            except RuntimeError as error:
-                raise self._gone("a follower", error) from error
-            self._heard, self._sent = False, True
+        with self._lock, self._contact("a follower"):
+            if self._idle is not None:
+                self._idle.wait()
+                self._idle = None
+            dist.broadcast(first, self._leader, group=self._group)
+            if payload.numel() > _INLINE:
+                dist.broadcast(payload[_INLINE:].clone(), self._leader, group=self._group)
+            self._heard = False
 
     def _receive(self, expected: int) -> torch.Tensor:
-        first = torch.zeros(_INLINE + 2, dtype=torch.int64)
-        try:
-            while True:
+        first = torch.full((_INLINE + 2,), _IDLE, dtype=torch.int64)
+        with self._contact("the leader"):
+            while first[0] == _IDLE:
                 dist.broadcast(first, self._leader, group=self._group)
-                if first[0] != _IDLE:
-                    break
             length = int(first[1])
-            if length <= _INLINE:
-                payload = first[2 : 2 + length]
-            else:
+            payload = first[2 : 2 + length]
+            if length > _INLINE:
                 rest = torch.zeros(length - _INLINE, dtype=torch.int64)
                 dist.broadcast(rest, self._leader, group=self._group)
-                payload = torch.cat([first[2:], rest])
-        except RuntimeError as error:
-            raise self._gone("the leader", error) from error
+                payload = torch.cat([payload, rest])
         if first[0] != expected:
-            raise RankError(
-                f"rank {dist.get_rank()} and the leader, rank {self._leader}, are in different calls: "
+            error = RankError(
+                f"rank {self._rank} and the leader, rank {self._leader}, are in different calls: "
                 f"every rank must make the same calls in the same order"
             )
+            self.give_up(error)
+            raise error
         return payload
 
+    @contextmanager
+    def _contact(self, who: str) -> Iterator[None]:
+        """Run a body that talks to others; where it fails, say who is lost, and give up."""
+        if self._lost is not None:
+            raise RankError(*self._lost.args)
+        try:
+            yield
+        except RuntimeError as error:
+            gone = self._gone(who, error)
+            self.give_up(gone)
+            raise gone from error
+        except BaseException:
+            self.give_up(RankError(f"rank {self._rank} was interrupted while it talked to {who}; start anew"))
+            raise
+
     def _gone(self, who: str, error: RuntimeError) -> RankError:
-        reason = str(error).strip().split("\n")[0]
-        return RankError(f"rank {dist.get_rank()} lost {who}, which died or raised; giving up ({reason})")
+        return RankError(f"rank {self._rank} lost {who}, which died or raised; giving up ({one_line(error)})")
 
     def beat(self) -> None:
-        """Send an idle message unless something was sent since the last beat, or one is still under way."""
+        """Send an idle message unless one is still under way."""
         if not self._lock.acquire(blocking=False):
             return
         try:
@@ -199,9 +244,6 @@ class Channel:
                 work, self._idle = self._idle, None
                 work.wait()  # raises where the follower is gone
                 self._heard = True
-            if self._sent:
-                self._sent = False
-                return
             self._idle = dist.broadcast(
                 torch.zeros(_INLINE + 2, dtype=torch.int64), self._leader, group=self._group, async_op=True
             )
@@ -209,10 +251,14 @@ class Channel:
             self._lock.release()
 
     def _end(self, error: RuntimeError) -> None:
-        """End this process if a follower died while it waited for us; one that left its script in peace did not."""
-        if self._heard:
+        """End this process if a follower died; one that left its script in peace did not, nor one already missed."""
+        if self._lost is None and (self._heard or self._expecting):
             logger.critical("%s", self._gone("a follower", error))
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _pause() -> None:
+    time.sleep(EXIT_SECONDS)
 
 
 def _send_idle(reference: "weakref.ref[Channel]") -> None:
@@ -227,5 +273,7 @@ def _send_idle(reference: "weakref.ref[Channel]") -> None:
             channel.beat()
         except RuntimeError as error:
             channel._end(error)
+            return
+        except ValueError:  # the caller has destroyed the process group
             return
         del channel

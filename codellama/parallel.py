@@ -12,7 +12,7 @@ Shapes: features are split over the ranks of one model-parallel group; every ran
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -23,9 +23,9 @@ from fairscale.nn.model_parallel import layers as fairscale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codellama.channel import Channel, Failure, outcome_of, unwrap
+from codellama.channel import Channel, Failure, one_line, outcome_of, unwrap
 from codellama.config import ModelArgs
-from codellama.errors import CodeLlamaError, ParallelSizeError, RankError
+from codellama.errors import ParallelSizeError, RankError
 
 T = TypeVar("T")
 
@@ -115,7 +115,8 @@ class Parallel:
         """Let each rank make its own value; where any of them fails, raise the first failure on all ranks."""
         if self.world is None:
             return make()
-        outcome = outcome_of(make)
+        with self._expecting():
+            outcome = outcome_of(make)
         failure = outcome if isinstance(outcome, Failure) else None
         failures = self.world.gather_objects(failure)
         unwrap(next((failure for failure in failures if failure is not None), None))
@@ -129,7 +130,8 @@ class Parallel:
         """
         if self.world is None:
             return make()
-        outcome: list[T] | Failure = outcome_of(make) if self.is_leader else make()
+        with self._expecting():
+            outcome: list[T] | Failure = outcome_of(make) if self.is_leader else make()
         hands = [unwrap(hand) for hand in self.world.gather_objects(outcome)[:: self.size]]
         whole: list[T] = []
         for index in range(sum(map(len, hands))):
@@ -141,7 +143,8 @@ class Parallel:
         """Run a body on all ranks; what it raises on a leader is raised on all of them when it is over."""
         failure: list[Failure] = []
         try:
-            yield
+            with self._expecting():
+                yield
         except GeneratorExit:  # closed early, which is no failure
             self._settle(failure)
             raise
@@ -152,6 +155,39 @@ class Parallel:
                 raise
             failure.append(Failure(error))
         self._settle(failure)
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """Run a body whose collectives every rank must reach. Where it fails, the others wait in one: all is over.
+
+        Raises:
+            RankError: in place of what the body raised, if there are other ranks.
+        """
+        try:
+            yield
+        except RankError:
+            raise
+        except Exception as error:
+            if self.channel is None:
+                raise
+            raise self.give_up(f"failed inside the model: {one_line(error)}") from error
+        except BaseException:
+            self.give_up("was interrupted inside the model")
+            raise
+
+    def give_up(self, reason: str) -> RankError:
+        """Make this rank's every later call fail at once, and return the error that says why."""
+        error = RankError(f"rank {self.world_rank} {reason}")
+        for channel in filter(None, (self.channel, self.world)):
+            channel.give_up(error)
+        return error
+
+    @contextmanager
+    def _expecting(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for channel in filter(None, (self.channel, self.world)):
+                stack.enter_context(channel.expecting())
+            yield
 
     def _settle(self, failure: list[Failure]) -> None:
         if self.world is not None:
@@ -239,10 +275,9 @@ def gather_last(x: Tensor, parallel: Parallel) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def lost_contact(parallel: Parallel, error: RuntimeError) -> CodeLlamaError:
+def lost_contact(parallel: Parallel, error: RuntimeError) -> RankError:
     """Say in one line what a failed collective means."""
-    first = str(error).strip().split("\n")[0]
-    return RankError(f"rank {parallel.world_rank} lost contact with another rank, which died or raised ({first})")
+    return parallel.give_up(f"lost contact with another rank, which died or raised ({one_line(error)})")
 
 
 class ColumnParallelLinear(fairscale.ColumnParallelLinear):

@@ -79,7 +79,7 @@ class ExampleMaker:
 
     def infilling(self) -> Example:
         """Draw a gap: mostly one line behind its indentation, sometimes part of it, sometimes several lines."""
-        source, start, stop = self._window(100, 1300)
+        source, start, stop = self._window(100, 1000)
         window = source.text[start:stop]
         lines = window.splitlines(keepends=True)
         choices = [i for i, line in enumerate(lines) if line.strip()]
@@ -90,12 +90,12 @@ class ExampleMaker:
         begin = sum(map(len, lines[:index])) + len(line) - len(line.lstrip())
         end = begin + len(line.strip())
         draw = self._random.random()
-        if draw < 0.2:
+        if draw < 0.1:
             begin = self._random.randrange(begin, end)
-        elif draw < 0.3:
+        elif draw < 0.15:
             end = min(len(window), end + sum(map(len, lines[index + 1 : index + self._random.randint(2, 4)])))
         ids = infilling_prompt_tokens(
-            self._tokenizer, window[:begin], window[end:], suffix_first=self._random.random() < 0.3
+            self._tokenizer, window[:begin], window[end:], suffix_first=self._random.random() < 0.5
         )
         assert self._tokenizer.eot_id is not None
         middle = self._tokenizer.encode_infilling(window[begin:end])

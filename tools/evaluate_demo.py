@@ -36,7 +36,8 @@ def evaluate(
         "python": platform.python_version(),
         "held_out_files": len(held_out[:files]),
         "bits_per_byte": round(bits_per_byte(llama, held_out[:files]), 4),
-        **infill(llama, held_out, infills, random.Random(seed)),
+        **infill(llama, held_out, infills, random.Random(seed), suffix_first=False),
+        **infill(llama, held_out, infills, random.Random(seed), suffix_first=True),
         **chat(llama, held_out, chats, random.Random(seed)),
     }
     for name, value in numbers.items():
@@ -55,26 +56,27 @@ def bits_per_byte(llama: Llama, sources: list[Source]) -> float:
     return -sum(sum(row) for row in llama.score(rows)) / math.log(2) / size
 
 
-def infill(llama: Llama, sources: list[Source], count: int, draw: random.Random) -> dict[str, int]:
-    """Leave out one line behind its indentation, with about 15 lines around it, and let the model fill it."""
+def infill(llama: Llama, sources: list[Source], count: int, draw: random.Random, suffix_first: bool) -> dict[str, int]:
+    """Leave out one line behind its indentation, with ten lines before and five after it, and let the model fill it."""
     prompts, answers = [], []
     while len(answers) < count:
         lines = draw.choice(sources).text.splitlines(keepends=True)
         index = draw.randrange(len(lines))
         line = lines[index].strip()
-        if len(line) < 3:
+        if not line:
             continue
         indentation = lines[index][: len(lines[index]) - len(lines[index].lstrip())]
         prefix = "".join(lines[max(0, index - 10) : index]) + indentation
         suffix = lines[index][len(indentation) + len(line) :] + "".join(lines[index + 1 : index + 6])
         if len(prefix) + len(suffix) < 900:
-            prompts.append(infilling_prompt_tokens(llama.tokenizer, prefix, suffix))
+            prompts.append(infilling_prompt_tokens(llama.tokenizer, prefix, suffix, suffix_first))
             answers.append(line)
     # Only EOT may end them here, so one that is shorter than the limit was ended by it.
     filled, _ = llama.generate(prompts, MIDDLE, temperature=0, stop_token=llama.tokenizer.eot_id)
     ended = sum(0 < len(ids) < MIDDLE for ids in filled)
     exact = sum(llama.tokenizer.decode_infilling(ids) == answer for ids, answer in zip(filled, answers, strict=True))
-    return {"infills": count, "infills_ended": ended, "infills_exact": exact}
+    mode = "suffix_first" if suffix_first else "infills"
+    return {mode: count, f"{mode}_ended": ended, f"{mode}_exact": exact}
 
 
 def chat(llama: Llama, sources: list[Source], count: int, draw: random.Random) -> dict[str, int]:

@@ -54,11 +54,15 @@ class Engine:
             return self._scheduler.busy
         if self._parallel.channel is not None:
             self._parallel.channel.send_integers(batch.to_integers())
-        offset = batch.logits_from
-        for logits in self._runner.run(batch):
-            self._check_nan(logits)
-            self._take(batch, offset, logits)
-            offset += logits.shape[1]
+        offset, pieces = batch.logits_from, self._forward(batch)
+        try:
+            for logits in pieces:
+                self._check_nan(logits)
+                self._take(batch, offset, logits)
+                offset += logits.shape[1]
+        finally:
+            for _ in pieces:  # after a failure here too: the other ranks compute every piece, and wait for this one
+                pass
         self._scheduler.commit(batch)
         return True
 
@@ -93,7 +97,7 @@ class Engine:
         channel = self._parallel.channel
         assert channel is not None, "a rank that follows is not alone"
         while (values := channel.receive_integers())[0] >= 0:
-            for _ in self._runner.run(Batch.from_integers(values)):
+            for _ in self._forward(Batch.from_integers(values)):
                 pass
         if values[0] == _FAILED:
             self._runner.forget()
@@ -116,6 +120,10 @@ class Engine:
             raise
         else:
             self._release(_DONE)
+
+    def _forward(self, batch: Batch) -> Iterator[Tensor]:
+        with self._parallel.lockstep():
+            yield from self._runner.run(batch)
 
     def _read_inbox(self) -> None:
         while not self._inbox.empty():

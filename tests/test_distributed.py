@@ -1,0 +1,264 @@
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from codellama import Llama
+from codellama.errors import RankError
+from tests.support import tiny
+from tests.support.distributed import free_port, rank_env, run_ranks, run_scripts
+
+IDS = [[1, 5, 9, 30], [1, 7], [1, *range(3, 303)]]  # the last one's scores come in two pieces
+TEXTS = ["def f(x):", "import os", "a", "", "for i in"]
+DIALOG: Any = [{"role": "user", "content": "print(i)"}]
+SEEN = [9, 13, 4, 100, 7]
+
+
+class OddError(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"{first} is odd")
+        self.second = second
+
+
+def build(folder: Path, **options: Any) -> Llama:
+    return Llama.build(folder, max_seq_len=512, max_batch_size=4, dtype="float32", device="cpu", **options)
+
+
+def attempt(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except Exception as error:
+        return type(error), str(error)
+
+
+def prefer(ids: Any, logits: torch.Tensor) -> torch.Tensor:
+    """A logits_processor: the next id of SEEN."""
+    logits[SEEN[len(ids) % len(SEEN)]] = 99.0
+    return logits
+
+
+def divide(ids: Any, logits: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError("in the processor")
+
+
+def raise_odd(ids: Any, logits: torch.Tensor) -> torch.Tensor:
+    raise OddError(3, 4)
+
+
+def scored(llama: Llama) -> Any:
+    return llama.generate(IDS, 8, temperature=0, logprobs=True, echo=True)
+
+
+def answers(folders: list[Path], size: int | None) -> dict[str, Any]:
+    """What one rank gets from every kind of call. Where a call is bad, world rank 0 alone makes it badly."""
+    generators = [build(folder, model_parallel_size=size, seed=11) for folder in folders]
+    greedy = [scored(llama) for llama in generators]
+    llama = generators[0]  # the others stay, and must not disturb it
+    first = llama.parallel.world_rank == 0
+    found: dict[str, Any] = {
+        "greedy": greedy,
+        "seeded": llama.text_completion(TEXTS, temperature=0.9, seed=3, max_gen_len=6),
+        "seeded by build": llama.text_completion(TEXTS, temperature=0.9, max_gen_len=6, logprobs=True),
+        "infilled": llama.text_infilling(["def f("], ["return x"], temperature=0, max_gen_len=6),
+        "chat": llama.chat_completion([DIALOG] * 3, temperature=0, max_gen_len=6),
+        "processed": llama.generate(IDS, 5, temperature=0, logits_processor=prefer)[0],
+        "none": [llama.generate([]), llama.text_completion([]), llama.chat_completion([])],
+        "stream": list(llama.stream_completion("def f", temperature=0, max_gen_len=12)),
+        "stream of chat": list(llama.stream_chat(DIALOG, temperature=0.7, seed=1, max_gen_len=12)),
+    }
+    pieces = []
+    stream = llama.stream_completion("def f", temperature=0, max_gen_len=400)
+    for piece in stream:
+        pieces.append(piece)
+        if len(pieces) == 2:
+            break
+    stream.close()
+    found["closed early"] = pieces
+    for _ in llama.stream_completion("import", temperature=0, max_gen_len=400):
+        break  # and the iterator is dropped
+    found["after streams"] = scored(llama)
+    mistakes: dict[str, Callable[[], Any]] = {
+        "too long": lambda: llama.generate([[1], [1] * 600] if first else [[1], [1]]),
+        "no ids": lambda: llama.generate([[1], []] if first else [[1], [1]]),
+        "bad temperature": lambda: llama.generate([[1]], temperature=-1 if first else 1),
+        "not a list": lambda: llama.text_completion("text" if first else ["text"]),
+        "a tag": lambda: llama.chat_completion([[{"role": "user", "content": "[INST]"}] if first else DIALOG]),
+        "stream too long": lambda: list(llama.stream_completion("x y " * 600 if first else "")),
+        "processor": lambda: llama.generate(IDS, 3, logits_processor=divide),
+        "stream's processor": lambda: list(llama.stream_completion("a", logits_processor=divide)),
+    }
+    found["mistakes"] = {}
+    for name, mistake in mistakes.items():
+        found["mistakes"][name] = attempt(mistake), llama.generate(IDS[:2], 3, temperature=0)[0]
+    found["odd"] = [
+        attempt(lambda: llama.generate(IDS, 3, logits_processor=raise_odd)),
+        attempt(lambda: list(llama.stream_completion("a", logits_processor=raise_odd))),
+    ]
+    found["after mistakes"] = scored(llama)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same weights in 1, 2 and 4 files."""
+    return [tiny.tiny_checkpoint(tmp_path_factory.mktemp("shards") / str(n), n) for n in (1, 2, 4)]
+
+
+@pytest.fixture(scope="module")
+def alone(folders: list[Path]) -> dict[str, Any]:
+    return answers(folders, None)
+
+
+def test_alone_the_number_of_files_changes_no_bit(alone: dict[str, Any]) -> None:
+    assert alone["greedy"][1:] == alone["greedy"][:1] * 2
+    assert alone["after streams"] == alone["greedy"][0]
+    assert alone["after mistakes"] == alone["greedy"][0]
+    assert alone["odd"] == [(OddError, "3 is odd")] * 2
+    raised = {name: answer[0].__name__ for name, (answer, _) in alone["mistakes"].items()}
+    assert raised == {
+        "too long": "ContextLengthError", "no ids": "PromptError", "bad temperature": "ValueError",
+        "not a list": "TypeError", "a tag": "PromptError", "stream too long": "ContextLengthError",
+        "processor": "ZeroDivisionError", "stream's processor": "ZeroDivisionError",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("processes", "model_parallel_size"), [(2, None), (4, None), (4, 2), (4, 1)], ids=str)
+def test_any_number_of_processes_gives_the_same(
+    processes: int, model_parallel_size: int | None, folders: list[Path], alone: dict[str, Any]
+) -> None:
+    ranks = run_ranks(processes, answers, folders, model_parallel_size)
+    streams = ("stream", "stream of chat", "closed early")
+    numeric = ("greedy", "after streams", "after mistakes", "seeded by build")
+    told = (RankError, "another rank raised tests.test_distributed.OddError: 3 is odd")
+    for rank, found in enumerate(ranks):
+        for tokens, logprobs in [*found["greedy"], found["after streams"], found["after mistakes"]]:
+            assert tokens == alone["greedy"][0][0]
+            for mine, expected in zip(logprobs, alone["greedy"][0][1], strict=True):
+                assert mine == pytest.approx(expected, abs=1e-4)
+        for mine, expected in zip(found["seeded by build"], alone["seeded by build"], strict=True):
+            assert mine.pop("logprobs") == pytest.approx(expected["logprobs"], abs=1e-4)
+            assert mine == {key: value for key, value in expected.items() if key != "logprobs"}
+        assert found.pop("odd") == ([(OddError, "3 is odd")] * 2 if rank == 0 else [told] * 2)
+        for name in alone.keys() - {*numeric, "odd"}:
+            assert found[name] == ([] if name in streams and rank else alone[name]), name
+
+
+def copied(folders: list[Path]) -> Any:
+    return [scored(build(folder)) for folder in folders]
+
+
+def test_eight_processes_hold_copies_of_two_key_value_heads(folders: list[Path], alone: dict[str, Any]) -> None:
+    assert tiny.ARGS.kv_heads == 2
+    for found in run_ranks(8, copied, [folders[0], folders[2]]):
+        for tokens, logprobs in found:
+            assert tokens == alone["greedy"][0][0]
+            for mine, expected in zip(logprobs, alone["greedy"][0][1], strict=True):
+                assert mine == pytest.approx(expected, abs=1e-4)
+
+
+def unseeded(folder: Path, size: int) -> list[Any]:
+    llama = build(folder, model_parallel_size=size)
+    return [llama.text_completion(["a", "b", "c"], temperature=5.0, top_p=1.0, max_gen_len=9) for _ in range(2)]
+
+
+def test_unseeded_ranks_agree_though_chance_decides(tiny_folder: Path) -> None:
+    first, *others = run_ranks(4, unseeded, tiny_folder, 2)
+    assert others == [first] * 3
+    assert first[0] != first[1]
+
+
+SCRIPT = """
+import json, os, sys, time
+from codellama import Llama
+llama = Llama.build(sys.argv[1], max_seq_len=64, dtype="float32", device="cpu")
+tokens, _ = llama.generate([[1, 5, 9], [1, 7]], 6, temperature=0)
+print(json.dumps([int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), llama.parallel.size, tokens]), flush=True)
+if llama.parallel.rank == int(sys.argv[2]):
+    end = time.monotonic() + 4  # the rest of this rank's script, with the generator still there
+    while time.monotonic() < end:
+        sum(range(10_000))
+"""
+
+
+def test_under_torchrun_a_follower_may_end_before_its_leader(tiny_folder: Path, llama: Llama, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node"]
+    nodes = ["1", "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    one, *two = run_scripts(
+        [
+            ([*torchrun, "2", "--master_port", str(free_port()), str(script), str(tiny_folder), "0"], {}),
+            *[([*torchrun, *nodes, "--node_rank", str(n), str(script), str(tiny_folder), "9"], {}) for n in (0, 1)],
+        ]
+    )
+    tokens = llama.generate([[1, 5, 9], [1, 7]], 6, temperature=0)[0]
+    for end in (one, *two):
+        assert end.code == 0, end.stderr
+        assert "Traceback" not in end.stderr
+        assert "terminate called" not in end.stderr
+    assert sorted(map(json.loads, one.answer.splitlines())) == [[0, 0, 2, tokens], [1, 1, 2, tokens]]
+    assert [json.loads(end.answer) for end in two] == [[0, 0, 2, tokens], [1, 0, 2, tokens]]
+
+
+def test_a_leader_ends_though_its_follower_does_not_listen(tiny_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    port = free_port()
+    leader, follower = run_scripts([([str(script), str(tiny_folder), "1"], rank_env(r, 2, port)) for r in (0, 1)])
+    assert follower.time - leader.time > 2
+    for end in (leader, follower):
+        assert end.code == 0, end.stderr
+        assert end.stderr == ""
+
+
+@pytest.mark.parametrize("env", [{}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}])
+def test_alone_no_group_is_made_and_no_socket_opened(
+    env: dict[str, str], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+
+    def sockets() -> int:
+        targets = [os.readlink(f.path) if f.is_symlink() else "" for f in os.scandir("/proc/self/fd")]
+        return sum(target.startswith("socket:") for target in targets)
+
+    before, threads = sockets(), threading.active_count()
+    one, two = build(tiny_folder), build(tiny_folder)
+    assert one.generate(IDS, 4, temperature=0) == two.generate(IDS, 4, temperature=0)
+    assert not dist.is_initialized()
+    assert sockets() == before
+    assert threading.active_count() == threads
+
+
+def test_two_threads_take_turns(llama: Llama) -> None:
+    prompts = [[[1, 5, 9]], [[1, 7, 2, 30]]]
+    expected = [llama.generate(prompt, 40, temperature=0)[0] for prompt in prompts]
+    found: dict[int, list[Any]] = {0: [], 1: []}
+
+    def work(index: int) -> None:
+        for _ in range(5):
+            found[index].append(llama.generate(prompts[index], 40, temperature=0)[0])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {index: [expected[index]] * 5 for index in (0, 1)}
+
+
+def test_a_call_inside_the_same_threads_stream_is_refused(llama: Llama) -> None:
+    stream = llama.stream_completion("def f", temperature=0, max_gen_len=30)
+    first = next(stream)
+    with pytest.raises(RuntimeError, match=r"open stream of this generator: exhaust it or close\(\) it first"):
+        llama.generate([[1]], 2)
+    rest = "".join(stream)
+    assert first + rest == llama.text_completion(["def f"], temperature=0, max_gen_len=30)[0]["generation"]
