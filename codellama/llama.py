@@ -349,7 +349,7 @@ class Llama:
 
             def work() -> list[Completion]:
                 if self.parallel.is_leader:
-                    return self.engine.run([self.prompts.request(prompt, processor) for prompt in mine])
+                    return self.engine.run(self.prompts.request(prompt, processor) for prompt in mine)
                 self.engine.follow()
                 return []
 

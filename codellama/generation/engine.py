@@ -5,7 +5,7 @@ leader (model-parallel rank 0) alone decides tokens; the other ranks follow batc
 """
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -66,9 +66,13 @@ class Engine:
         self._scheduler.commit(batch)
         return True
 
-    def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Run requests to their end and return their results in order. The leader's part of a batch call."""
+    def run(self, requests: Iterable[Request]) -> list[Completion]:
+        """Run requests to their end and return their results in order. The leader's part of a batch call.
+
+        The requests may be made as they are taken: if that fails, the other ranks are let go as after any failure.
+        """
         with self._session():
+            requests = list(requests)
             for request in requests:
                 self.submit(request)
             while any(request.finish_reason is None for request in requests):
