@@ -21,7 +21,7 @@ def live(folder: Path, size: int, victim: int, when: str) -> None:
     llama.generate([[1, 2], [3]], 2, temperature=0)
     if rank == victim:
         how = signal.SIGINT if "Ctrl-C" in when else signal.SIGKILL
-        threading.Timer(1.2, os.kill, (os.getpid(), how)).start()
+        threading.Timer(0.8, os.kill, (os.getpid(), how)).start()
     if rank == (victim if "leader waits" in when else 0) and "own code" in when:
         time.sleep(60)
     llama.generate([[1, 2], [3, 4]], 3000 if size == 1 else 8000, temperature=0)
