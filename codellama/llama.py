@@ -3,13 +3,15 @@
 It turns prompts into requests and results into dicts. It knows nothing of rows, batches or sampling.
 """
 
+import atexit
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import Unpack
 
 import torch
 
@@ -32,14 +34,13 @@ from codellama.results import (
     ChatPrediction,
     CompletionPrediction,
     InfillingPrediction,
-    Prediction,
     SamplingOptions,
+    describe,
+    listed,
     refuse_alternatives,
     sampling_params,
 )
 from codellama.tokenizer import Tokenizer
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +85,13 @@ class Llama:
             device=weight.device,
             model_parallel_size=self.parallel.size,
         )
-        runner = Runner(model, cache, weight.device)
-        self.engine = Engine(runner, Scheduler(self.runtime), self.parallel)
+        self.engine = Engine(Runner(model, cache, weight.device), Scheduler(self.runtime), self.parallel)
         self.prompts = PromptMaker(tokenizer, model.args.vocab_size, self.runtime.max_seq_len, seed)
         self._calls = threading.Lock()
         self._caller: threading.Thread | None = None
+        self._streams: weakref.WeakSet[Generator[str]] = weakref.WeakSet()
+        if self.parallel.world is not None:
+            atexit.register(_close, self._streams)  # while the other ranks can still be told
 
     @staticmethod
     def build(
@@ -150,7 +153,8 @@ class Llama:
             logger.info("%s, %s on %d rank(s); %s", str(dtype).removeprefix("torch."), device, parallel.size, line)
         show = first and sys.stderr.isatty() if progress is None else progress
         model = parallel.agree(lambda: load_model(checkpoint, parallel, device, dtype, show))
-        return Llama(model, checkpoint.tokenizer(), runtime=runtime, parallel=parallel, seed=seed)
+        words = checkpoint.tokenizer()
+        return parallel.agree(lambda: Llama(model, words, runtime=runtime, parallel=parallel, seed=seed))
 
     def generate(
         self,
@@ -183,15 +187,15 @@ class Llama:
             ContextLengthError: a prompt that leaves no room.
         """
         stop_id = self.tokenizer.eos_id if stop_token is None else stop_token
-        refuse_alternatives(options)
 
         def make() -> list[Prompt]:
+            refuse_alternatives(options)
             params = sampling_params(options, temperature, top_p, max_gen_len, logprobs, echo, stop_id)
-            return [self.prompts.ids(ids, params, f"prompt {i}") for i, ids in enumerate(_listed(prompt_tokens))]
+            return [self.prompts.ids(ids, params, f"prompt {i}") for i, ids in enumerate(listed(prompt_tokens))]
 
         done = self._complete(make, options)
-        ids = [list(completion.tokens) for completion in done]
-        return ids, [[s.logprob for s in completion.scores] for completion in done] if logprobs else None
+        scores = [[score.logprob for score in completion.scores] for _, completion in done] if logprobs else None
+        return [list(completion.tokens) for _, completion in done], scores
 
     def score(self, prompt_tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities of given token ids under the model, in nats.
@@ -215,13 +219,12 @@ class Llama:
 
         def make() -> list[Prompt]:
             params = sampling_params(options, temperature, top_p, max_gen_len, logprobs, echo)
-            return [self.prompts.text(text, params, f"prompt {i}") for i, text in enumerate(_listed(prompts))]
+            return [self.prompts.text(text, params, f"prompt {i}") for i, text in enumerate(listed(prompts))]
 
-        done = self._complete(make, options)
         results: list[CompletionPrediction] = []
-        for text, completion in zip(prompts, done, strict=True):
-            generation = text + completion.text if echo else completion.text
-            results.append({"generation": generation, **self._describe(completion, logprobs, options)})
+        for prompt, completion in self._complete(make, options):
+            generation = prompt.before + completion.text if prompt.params.echo else completion.text
+            results.append({"generation": generation, **describe(prompt, completion, self.tokenizer)})
         return results
 
     def text_infilling(
@@ -243,18 +246,17 @@ class Llama:
 
         def make() -> list[Prompt]:
             params = sampling_params(options, temperature, top_p, max_gen_len, logprobs)
-            if len(_listed(prefixes)) != len(_listed(suffixes)):
+            if len(listed(prefixes)) != len(listed(suffixes)):
                 raise PromptError(
                     f"{len(prefixes)} prefixes but {len(suffixes)} suffixes; one of each belongs to a gap"
                 )
             gaps = enumerate(zip(prefixes, suffixes, strict=True))
             return [self.prompts.gap(*gap, params, suffix_first, f"gap {index}") for index, gap in gaps]
 
-        done = self._complete(make, options)
         results: list[InfillingPrediction] = []
-        for before, after, completion in zip(prefixes, suffixes, done, strict=True):
-            full = before + completion.text + after
-            described = self._describe(completion, logprobs, options)
+        for prompt, completion in self._complete(make, options):
+            full = prompt.before + completion.text + prompt.after
+            described = describe(prompt, completion, self.tokenizer)
             results.append({"generation": completion.text, "full_text": full, **described})
         return results
 
@@ -281,15 +283,15 @@ class Llama:
 
         def make() -> list[Prompt]:
             params = sampling_params(options, temperature, top_p, max_gen_len, logprobs)
-            chats = enumerate(_listed(dialogs))
+            chats = enumerate(listed(dialogs))
             return [self.prompts.chat(chat, params, allow_special_tags, f"dialog {index}") for index, chat in chats]
 
         results: list[ChatPrediction] = []
-        for completion in self._complete(make, options):
+        for prompt, completion in self._complete(make, options):
             answer: Answer = {"role": "assistant", "content": completion.text}
             if self.tokenizer.step_id is not None:
                 answer["destination"] = "user"
-            results.append({"generation": answer, **self._describe(completion, logprobs, options)})
+            results.append({"generation": answer, **describe(prompt, completion, self.tokenizer)})
         return results
 
     def stream_completion(
@@ -341,15 +343,16 @@ class Llama:
             options,
         )
 
-    def _complete(self, make: Callable[[], list[Prompt]], options: SamplingOptions) -> list[Completion]:
+    def _complete(self, make: Callable[[], list[Prompt]], options: SamplingOptions) -> list[tuple[Prompt, Completion]]:
         """Run one batch call on all ranks: world rank 0 checks and deals, each replica's leader runs its share."""
         processor = options.get("logits_processor")
         with self._turn():
             mine = self.parallel.deal(make)
 
-            def work() -> list[Completion]:
+            def work() -> list[tuple[Prompt, Completion]]:
                 if self.parallel.is_leader:
-                    return self.engine.run(self.prompts.request(prompt, processor) for prompt in mine)
+                    done = self.engine.run(self.prompts.request(prompt, processor) for prompt in mine)
+                    return list(zip(mine, done, strict=True))
                 self.engine.follow()
                 return []
 
@@ -357,9 +360,18 @@ class Llama:
 
     def _stream(self, make: Callable[[], Prompt], options: SamplingOptions) -> Iterator[str]:
         """Run one streaming call on all ranks; the text comes out on world rank 0 alone."""
-        refuse_alternatives(options)
+        stream = self._run_stream(make, options)
+        self._streams.add(stream)
+        return stream
+
+    def _run_stream(self, make: Callable[[], Prompt], options: SamplingOptions) -> Generator[str]:
+
+        def make_one() -> list[Prompt]:
+            refuse_alternatives(options)
+            return [make()]
+
         with self._turn():
-            mine = self.parallel.deal(lambda: [make()])
+            mine = self.parallel.deal(make_one)
             with self.parallel.together():
                 if not self.parallel.is_leader:
                     self.engine.follow()
@@ -381,20 +393,8 @@ class Llama:
             finally:
                 self._caller = None
 
-    def _describe(self, completion: Completion, logprobs: bool, options: SamplingOptions) -> Prediction:
-        """Write the keys that all results share."""
-        described: Prediction = {"finish_reason": completion.finish_reason}
-        piece = self.tokenizer.token_piece
-        if logprobs:
-            described["tokens"] = [piece(id) for id in completion.tokens]
-            described["logprobs"] = [score.logprob for score in completion.scores]
-        if options.get("top_logprobs"):
-            described["top_logprobs"] = [{piece(id): value for id, value in s.top} for s in completion.scores]
-        return described
 
-
-def _listed(prompts: Sequence[T]) -> Sequence[T]:
-    """Refuse one prompt where a list of them was expected."""
-    if isinstance(prompts, str | dict) or not isinstance(prompts, Sequence):
-        raise TypeError(f"a list of prompts was expected; found {type(prompts).__name__}")
-    return prompts
+def _close(streams: weakref.WeakSet[Generator[str]]) -> None:
+    """End the streams that are still open."""
+    for stream in list(streams):
+        stream.close()

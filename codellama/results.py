@@ -1,13 +1,17 @@
 """The dicts that go in and out of the generator's methods: their keys are the reference's, and a few more.
 
-They know nothing of how a result is made.
+They know nothing of how a generation is made.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 from codellama.config import LogitsProcessor, SamplingParams
-from codellama.generation.request import FinishReason
+from codellama.generation.prompt import Prompt
+from codellama.generation.request import Completion, FinishReason
+from codellama.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -24,7 +28,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class Prediction(TypedDict):
-    """Keys of every result; tokens (as pieces), logprobs and top_logprobs are there if they were asked for."""
+    """Keys of every result; tokens (as pieces) and logprobs are there if logprobs or top_logprobs was asked for."""
 
     finish_reason: FinishReason
     tokens: NotRequired[list[str]]
@@ -101,3 +105,26 @@ def refuse_alternatives(options: SamplingOptions) -> None:
     """
     if options.get("top_logprobs"):
         raise ValueError("top_logprobs has no place in this method's result; text_completion and its kin return it")
+
+
+def listed(prompts: Sequence[T]) -> Sequence[T]:
+    """Refuse one prompt where a list of them was expected.
+
+    Raises:
+        TypeError: not a list.
+    """
+    if isinstance(prompts, str | dict) or not isinstance(prompts, Sequence):
+        raise TypeError(f"a list of prompts was expected; found {type(prompts).__name__}")
+    return prompts
+
+
+def describe(prompt: Prompt, completion: Completion, tokenizer: Tokenizer) -> Prediction:
+    """Write the keys that all results share."""
+    described: Prediction = {"finish_reason": completion.finish_reason}
+    piece = tokenizer.token_piece
+    if prompt.params.logprobs:
+        described["tokens"] = [piece(id) for id in completion.tokens]
+        described["logprobs"] = [score.logprob for score in completion.scores]
+    if prompt.params.top_logprobs:
+        described["top_logprobs"] = [{piece(id): value for id, value in score.top} for score in completion.scores]
+    return described

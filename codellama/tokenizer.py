@@ -28,6 +28,7 @@ class Tokenizer:
         bos_id: begin of sequence; eos_id: end of sequence; pad_id: -1, since there is no such piece.
         prefix_id, suffix_id, middle_id, eot_id: the infilling pieces, None where the tokenizer lacks them.
         step_id: end of a message in the 70B chat format, None where the tokenizer lacks it.
+        model_bytes: content of the `tokenizer.model`.
     """
 
     def __init__(self, model_path: str | Path) -> None:
@@ -39,12 +40,26 @@ class Tokenizer:
         path = Path(model_path)
         if not path.is_file():
             raise CheckpointError(f"no tokenizer at {path}: pass tokenizer_path, the release's tokenizer.model")
-        content = path.read_bytes()
+        self._load(path.read_bytes(), str(path))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> "Tokenizer":
+        """Load what a `tokenizer.model` holds; `where` is what an error message calls it.
+
+        Raises:
+            CheckpointError: not a SentencePiece model.
+        """
+        tokenizer = cls.__new__(cls)
+        tokenizer._load(content, where)
+        return tokenizer
+
+    def _load(self, content: bytes, where: str) -> None:
+        self.model_bytes = content
         try:
             self._spaced = sentencepiece.SentencePieceProcessor(model_proto=content)
             self._plain = sentencepiece.SentencePieceProcessor(model_proto=content + _NO_DUMMY_PREFIX)
         except RuntimeError as error:
-            raise CheckpointError(f"{path} ({len(content)} bytes) is not a SentencePiece model") from error
+            raise CheckpointError(f"{where} ({len(content)} bytes) is not a SentencePiece model") from error
         self.n_words: int = self._spaced.vocab_size()
         self.bos_id: int = self._spaced.bos_id()
         self.eos_id: int = self._spaced.eos_id()

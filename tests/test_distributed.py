@@ -70,6 +70,12 @@ def answers(folders: list[Path], size: int | None) -> dict[str, Any]:
         "infilled": llama.text_infilling(["def f("], ["return x"], temperature=0, max_gen_len=6),
         "chat": llama.chat_completion([DIALOG] * 3, temperature=0, max_gen_len=6),
         "processed": llama.generate(IDS, 5, temperature=0, logits_processor=prefer)[0],
+        "rank 0's": [
+            llama.text_completion(
+                TEXTS[:3] if first else ["x"], temperature=0, max_gen_len=3, echo=first, top_logprobs=2 * first
+            ),
+            llama.text_infilling(["a", "b"] if first else [], ["c", "d"] if first else [], 0, max_gen_len=3),
+        ],
         "none": [llama.generate([]), llama.text_completion([]), llama.chat_completion([])],
         "stream": list(llama.stream_completion("def f", temperature=0, max_gen_len=12)),
         "stream of chat": list(llama.stream_chat(DIALOG, temperature=0.7, seed=1, max_gen_len=12)),
@@ -92,6 +98,8 @@ def answers(folders: list[Path], size: int | None) -> dict[str, Any]:
         "not a list": lambda: llama.text_completion("text" if first else ["text"]),
         "a tag": lambda: llama.chat_completion([[{"role": "user", "content": "[INST]"}] if first else DIALOG]),
         "stream too long": lambda: list(llama.stream_completion("x y " * 600 if first else "")),
+        "alternatives": lambda: llama.generate([[1]], top_logprobs=3 * first),
+        "stream's alternatives": lambda: list(llama.stream_completion("a", top_logprobs=3 * first)),
         "processor": lambda: llama.generate(IDS, 3, logits_processor=divide),
         "stream's processor": lambda: list(llama.stream_completion("a", logits_processor=divide)),
     }
@@ -126,6 +134,7 @@ def test_alone_the_number_of_files_changes_no_bit(alone: dict[str, Any]) -> None
     assert raised == {
         "too long": "ContextLengthError", "no ids": "PromptError", "bad temperature": "ValueError",
         "not a list": "TypeError", "a tag": "PromptError", "stream too long": "ContextLengthError",
+        "alternatives": "ValueError", "stream's alternatives": "ValueError",
         "processor": "ZeroDivisionError", "stream's processor": "ZeroDivisionError",
     }  # fmt: skip
 
@@ -136,7 +145,7 @@ def test_any_number_of_processes_gives_the_same(
 ) -> None:
     ranks = run_ranks(processes, answers, folders, model_parallel_size)
     streams = ("stream", "stream of chat", "closed early")
-    numeric = ("greedy", "after streams", "after mistakes", "seeded by build")
+    numeric = ("rank 0's", "greedy", "after streams", "after mistakes", "seeded by build")
     told = (RankError, "another rank raised tests.test_distributed.OddError: 3 is odd")
     for rank, found in enumerate(ranks):
         for tokens, logprobs in [*found["greedy"], found["after streams"], found["after mistakes"]]:
@@ -146,9 +155,19 @@ def test_any_number_of_processes_gives_the_same(
         for mine, expected in zip(found["seeded by build"], alone["seeded by build"], strict=True):
             assert mine.pop("logprobs") == pytest.approx(expected["logprobs"], abs=1e-4)
             assert mine == {key: value for key, value in expected.items() if key != "logprobs"}
+        assert approximate(found["rank 0's"]) == approximate(alone["rank 0's"])
         assert found.pop("odd") == ([(OddError, "3 is odd")] * 2 if rank == 0 else [told] * 2)
         for name in alone.keys() - {*numeric, "odd"}:
             assert found[name] == ([] if name in streams and rank else alone[name]), name
+
+
+def approximate(results: Any) -> Any:
+    """Results with their numbers good to 1e-4."""
+    if isinstance(results, dict):
+        return {key: approximate(value) for key, value in results.items()}
+    if isinstance(results, list):
+        return [approximate(value) for value in results]
+    return pytest.approx(results, abs=1e-4) if isinstance(results, float) else results
 
 
 def copied(folders: list[Path]) -> Any:
@@ -223,6 +242,27 @@ def test_processes_end_each_in_its_own_time(tiny_folder: Path, llama: Llama, tmp
     assert leader.stderr + follower.stderr == ""
     assert "Traceback" not in one.stderr
     assert follower.time > leader.time
+
+
+OPEN = """
+import os, sys
+from codellama import Llama
+llama = Llama.build(sys.argv[1], max_seq_len=512, dtype="float32", device="cpu")
+stream = llama.stream_completion("def", temperature=0, max_gen_len=400)
+print(next(stream, "nothing"))
+if os.environ["RANK"] == "0":
+    kept = [stream]
+    kept.append(kept)  # a cycle: nothing collects it before the interpreter ends
+"""
+
+
+def test_a_stream_still_open_at_the_end_of_the_script_is_closed(tiny_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(OPEN)
+    port = free_port()
+    ends = run_scripts([([str(script), str(tiny_folder)], rank_env(rank, 2, port)) for rank in (0, 1)])
+    assert [(end.code, end.stderr) for end in ends] == [(0, "")] * 2
+    assert ends[0].answer != ends[1].answer == "nothing\n"
 
 
 @pytest.mark.parametrize("env", [{}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}])

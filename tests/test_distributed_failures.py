@@ -109,6 +109,24 @@ def test_a_rank_that_fails_inside_the_model_ends_all(victim: int, tiny_folder: P
             assert text.startswith(f"rank {rank} {said}")
 
 
+def interrupt(ids: Any, logits: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def interrupted(folder: Path) -> Any:
+    llama = build(folder)
+    try:
+        llama.generate([[1, 2]], 4, temperature=0, logits_processor=interrupt)
+    except (KeyboardInterrupt, RankError) as error:
+        return type(error), attempt(lambda: llama.generate([[1, 2]], 4, temperature=0))
+
+
+def test_after_a_caught_interrupt_the_next_call_says_so_at_once(tiny_folder: Path) -> None:
+    (kind, after), (other, _) = run_ranks(2, interrupted, tiny_folder, timeout=30)
+    assert (kind, after) == (KeyboardInterrupt, (RankError, "rank 0 was interrupted"))
+    assert other is RankError
+
+
 def disagree(folder: Path) -> list[Any]:
     """The leader of the second replica alone gets an argument that is no use."""
     llama = build(folder, model_parallel_size=2)

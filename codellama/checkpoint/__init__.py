@@ -1,4 +1,4 @@
-"""Checkpoints: open a folder, and load one rank's part of it into a model. One file per weight format.
+"""Checkpoints: open one of any format, and load one rank's part of it into a model. One file per weight format.
 
 This is the only place that shards weights.
 """
@@ -10,42 +10,51 @@ from torch import nn
 from tqdm import tqdm
 
 from codellama.checkpoint.layout import Checkpoint, rank_span, tensor_shapes
-from codellama.checkpoint.meta import MetaCheckpoint, find_shards, write_meta
+from codellama.checkpoint.meta import MetaCheckpoint, write_meta
 from codellama.errors import CheckpointError
 from codellama.model import Transformer
 from codellama.parallel import Parallel
-from codellama.tokenizer import Tokenizer
 
 __all__ = ["Checkpoint", "load_model", "open_checkpoint", "tensor_shapes", "write_meta"]
+
+
+FORMATS: tuple[type[Checkpoint], ...] = (MetaCheckpoint,)
+"""Every weight format, in the order in which a folder that holds several of them is read."""
 
 
 def open_checkpoint(
     ckpt_dir: str | Path, tokenizer_path: str | Path | None = None, rope_theta: float | None = None
 ) -> Checkpoint:
-    """Open a checkpoint and check it against its params.json; no weights are read yet.
+    """Open a checkpoint and check names and shapes of all tensors; no weights are read yet.
+
+    The format is found from content: each class in FORMATS looks whether the path holds its own.
 
     Args:
-        ckpt_dir: the folder.
-        tokenizer_path: None means `tokenizer.model` beside the weights.
-        rope_theta: base of the rotary frequencies, where params.json has none.
+        ckpt_dir: the folder, or the file where the format is one file.
+        tokenizer_path: None means the one beside the weights, or inside them.
+        rope_theta: base of the rotary frequencies, where the weights' own description has none.
 
     Raises:
         CheckpointError: naming the file, what was found and what was expected.
     """
-    folder = Path(ckpt_dir)
-    if not folder.is_dir():
-        what = "is a file; the folder that holds it was expected" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {what}")
-    find_shards(folder)  # before the tokenizer: a folder without weights is the wrong folder
-    words_path = folder / "tokenizer.model" if tokenizer_path is None else tokenizer_path
-    checkpoint = MetaCheckpoint(folder, Tokenizer(words_path), rope_theta)
+    path = Path(ckpt_dir)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    found = [kind for kind in FORMATS if kind.probe(path)]
+    if not found:
+        raise CheckpointError(f"{path} holds no weights in a format that this package reads: {_expected()}")
+    checkpoint = found[0](path, None if tokenizer_path is None else Path(tokenizer_path), rope_theta)
     words, rows = checkpoint.tokenizer().n_words, checkpoint.args.vocab_size
     if words != rows:
         raise CheckpointError(
-            f"the tokenizer has {words} pieces, but the embedding of {folder} has {rows} rows: "
+            f"the tokenizer has {words} pieces, but the embedding of {path} has {rows} rows: "
             f"use the tokenizer.model that came with these weights"
         )
     return checkpoint
+
+
+def _expected() -> str:
+    return "; ".join(kind.looks_like for kind in FORMATS)
 
 
 def load_model(

@@ -5,7 +5,8 @@ ParallelEmbedding splits the embedding dimension, not the vocabulary.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from pathlib import Path
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -30,9 +31,24 @@ SHARD_DIM: dict[str, int | None] = {
 
 
 class Checkpoint(Protocol):
-    """Read access to weights as full tensors under canonical names, slice by slice."""
+    """Read access to weights as full tensors under canonical names, slice by slice.
 
+    Attributes:
+        format_name: what a user calls this format: meta, huggingface, gguf.
+        looks_like: what a path of this format holds, for an error message.
+        args: the architecture.
+    """
+
+    format_name: ClassVar[str]
+    looks_like: ClassVar[str]
     args: ModelArgs
+
+    def __init__(self, path: Path, tokenizer_path: Path | None = None, rope_theta: float | None = None) -> None:
+        """Open and check; no weights are read. The arguments are those of `open_checkpoint`."""
+
+    @staticmethod
+    def probe(path: Path) -> bool:
+        """Say whether a folder or a file holds weights of this format, whole or not; cheap, and raises nothing."""
 
     def names(self) -> Iterable[str]:
         """Canonical names of all tensors."""

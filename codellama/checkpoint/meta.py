@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,14 +30,18 @@ IGNORED = frozenset({"rope.freqs"})
 class MetaCheckpoint:
     """A folder in Meta's layout, checked when it is opened: every name and every shape in every file."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, rope_theta: float | None = None) -> None:
+    format_name: ClassVar = "meta"
+    looks_like: ClassVar = "a folder with params.json and consolidated.00.pth is Meta's layout"
+
+    def __init__(self, folder: Path, tokenizer_path: Path | None = None, rope_theta: float | None = None) -> None:
         """Open a folder; nothing of the weights is read yet.
 
         Raises:
             CheckpointError: what is missing or wrong, the file, and what was expected.
         """
-        self._tokenizer = tokenizer
         self._paths = find_shards(folder)
+        tokenizer = Tokenizer(folder / "tokenizer.model" if tokenizer_path is None else tokenizer_path)
+        self._tokenizer = tokenizer
         params = _read_params(folder)
         self.args = ModelArgs.from_params(params, vocab_size=tokenizer.n_words, rope_theta=rope_theta)
         self._shapes = tensor_shapes(self.args)
@@ -44,6 +49,11 @@ class MetaCheckpoint:
         self._unreturned = 0
         for path, shard in zip(self._paths, self._shards, strict=True):
             self._check(path, shard)
+
+    @staticmethod
+    def probe(path: Path) -> bool:
+        """Say whether a folder holds a consolidated file or params.json."""
+        return path.is_dir() and ((path / "params.json").is_file() or any(path.glob("consolidated.[0-9][0-9].pth")))
 
     def names(self) -> Iterable[str]:
         """Canonical names of all tensors."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from codellama.errors import NumericalError
+from codellama.errors import NumericalError, RankError
 from codellama.generation.request import Completion, Delta, Request
 from codellama.generation.runner import Runner
 from codellama.generation.sampling import sample, score
@@ -115,11 +115,15 @@ class Engine:
             self._read_inbox()
             self._release(_DONE)
             raise
+        except RankError:  # there is nobody left to release
+            self._reset()
+            raise
         except Exception:
             self._reset()
             self._release(_FAILED)
             raise
         except BaseException:  # Ctrl-C may have left the other ranks inside a collective: they learn it from our exit
+            self._parallel.give_up("was interrupted")
             self._reset()
             raise
         else:

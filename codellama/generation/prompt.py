@@ -24,6 +24,7 @@ class Prompt:
         params: what is asked for; a logits_processor cannot travel and is handed to `PromptMaker.request`.
         seed: of this request's own random numbers.
         where: what an error message calls it.
+        before: the text that the generated one continues; after: the text that it leads to. For results.
         strip: drop white space around the generated text.
     """
 
@@ -31,6 +32,8 @@ class Prompt:
     params: SamplingParams
     seed: int
     where: str
+    before: str = ""
+    after: str = ""
     strip: bool = False
 
 
@@ -59,7 +62,7 @@ class PromptMaker:
         """Continue a text, until eos."""
         with _named(where):
             tokens = self._tokenizer.encode(text, bos=True, eos=False)
-        return self._checked(tokens, _stopping(params, {self._tokenizer.eos_id}), where)
+        return replace(self._checked(tokens, _stopping(params, {self._tokenizer.eos_id}), where), before=text)
 
     def gap(
         self, prefix: str, suffix: str, params: SamplingParams, suffix_first: bool = False, where: str = "the gap"
@@ -67,7 +70,8 @@ class PromptMaker:
         """Fill what stands between prefix and suffix, until EOT or eos."""
         with _named(where):
             tokens = infilling_prompt_tokens(self._tokenizer, prefix, suffix, suffix_first)
-        return self._checked(tokens, _stopping(params, infilling_stop_tokens(self._tokenizer)), where)
+        checked = self._checked(tokens, _stopping(params, infilling_stop_tokens(self._tokenizer)), where)
+        return replace(checked, before=prefix, after=suffix)
 
     def chat(
         self, dialog: Dialog, params: SamplingParams, allow_tags: bool = False, where: str = "the dialog"
@@ -76,7 +80,7 @@ class PromptMaker:
         chat = format_for(self._tokenizer)
         with _named(where):
             tokens = chat.encode_dialog(dialog, allow_tags)
-        return self._checked(tokens, _stopping(params, chat.stop_tokens()), where, strip=True)
+        return replace(self._checked(tokens, _stopping(params, chat.stop_tokens()), where), strip=True)
 
     def request(self, prompt: Prompt, processor: LogitsProcessor | None = None) -> Request:
         """Make the request that runs a prompt."""
@@ -95,10 +99,10 @@ class PromptMaker:
             prompt.where,
         )
 
-    def _checked(self, tokens: Sequence[int], params: SamplingParams, where: str, strip: bool = False) -> Prompt:
+    def _checked(self, tokens: Sequence[int], params: SamplingParams, where: str) -> Prompt:
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         ids = check_ids(tokens, self._vocab_size, where)
-        prompt = Prompt(ids, replace(params, logits_processor=None), seed, where, strip)
+        prompt = Prompt(ids, replace(params, logits_processor=None), seed, where)
         self.request(prompt)  # the other checks are the request's own
         return prompt
 
