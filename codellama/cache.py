@@ -75,3 +75,7 @@ class KVCache:
         """Forget everything: masked NaN would still spread, since 0 · NaN is NaN."""
         for tensor in (*self.keys, *self.values):
             tensor.zero_()
+
+    def free(self) -> None:
+        """Let go of the tensors."""
+        self.keys, self.values = [], []

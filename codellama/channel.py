@@ -99,9 +99,12 @@ class Channel:
         atexit.register(_pause)
         self._idle: dist.Work | None = None
         self._heard = False
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
         if self.is_leader:
-            arguments = (weakref.ref(self),)
-            threading.Thread(target=_send_idle, args=arguments, daemon=True, name="codellama-idle").start()
+            arguments = (weakref.ref(self), self._stop)
+            self._thread = threading.Thread(target=_send_idle, args=arguments, daemon=True, name="codellama-idle")
+            self._thread.start()
 
     @property
     def is_leader(self) -> bool:
@@ -117,6 +120,26 @@ class Channel:
         finally:
             self._expecting = False
 
+    def close(self) -> None:
+        """Take the group down, on all members together; after that every call fails at once.
+
+        Each waits for the others, so that nobody is talking; a channel that was given up is not waited for.
+        """
+        self._stop.set()  # an idle message that nobody receives any more would hold the group up
+        if self._thread is not None:
+            self._thread.join()
+        if self._lost is None:
+            self._wait_for_all()
+        self._lost = self._lost or RankError(f"rank {self._rank} has closed this generator")
+        if dist.is_initialized():
+            dist.destroy_process_group(self._group)
+
+    def _wait_for_all(self) -> None:
+        try:
+            self.gather_objects(None)
+        except RankError as error:  # there is nobody to wait for; it can be closed all the same
+            logger.warning("%s", error)
+
     def give_up(self, error: RankError) -> None:
         """Let every later call on this rank raise this error; the first one counts."""
         self._lost = self._lost or error
@@ -127,7 +150,7 @@ class Channel:
         Raises:
             RankError: a follower is gone.
         """
-        self._send(_INTEGERS, torch.tensor(values, dtype=torch.int64))
+        self._send(_INTEGERS, torch.tensor(values, dtype=torch.int64, device="cpu"))
 
     def send_object(self, value: Any) -> None:
         """Send any picklable object from the leader to every follower.
@@ -165,7 +188,7 @@ class Channel:
         if not self.is_leader:
             content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
             with self._contact("the leader"):
-                dist.send(torch.tensor([content.numel()]), self._leader, group=self._group)
+                dist.send(torch.tensor([content.numel()], device="cpu"), self._leader, group=self._group)
                 dist.send(content, self._leader, group=self._group)
             gathered: list[Any] = self.receive_object()
             return gathered
@@ -173,16 +196,16 @@ class Channel:
         with self.expecting():
             for member in self._members[1:]:
                 with self._contact(f"rank {member}"):
-                    length = torch.zeros(1, dtype=torch.int64)
+                    length = torch.zeros(1, dtype=torch.int64, device="cpu")
                     dist.recv(length, member, group=self._group)
-                    content = torch.empty(int(length), dtype=torch.uint8)
+                    content = torch.empty(int(length), dtype=torch.uint8, device="cpu")
                     dist.recv(content, member, group=self._group)
                 values.append(pickle.loads(content.numpy().tobytes()))
         self.send_object(values)
         return values
 
     def _send(self, kind: int, payload: torch.Tensor) -> None:
-        first = torch.zeros(_INLINE + 2, dtype=torch.int64)
+        first = torch.zeros(_INLINE + 2, dtype=torch.int64, device="cpu")
         first[0], first[1] = kind, payload.numel()
         inline = payload[:_INLINE]
         first[2 : 2 + inline.numel()] = inline
@@ -196,14 +219,14 @@ class Channel:
             self._heard = False
 
     def _receive(self, expected: int) -> torch.Tensor:
-        first = torch.full((_INLINE + 2,), _IDLE, dtype=torch.int64)
+        first = torch.full((_INLINE + 2,), _IDLE, dtype=torch.int64, device="cpu")
         with self._contact("the leader"):
             while first[0] == _IDLE:
                 dist.broadcast(first, self._leader, group=self._group)
             length = int(first[1])
             payload = first[2 : 2 + length]
             if length > _INLINE:
-                rest = torch.zeros(length - _INLINE, dtype=torch.int64)
+                rest = torch.zeros(length - _INLINE, dtype=torch.int64, device="cpu")
                 dist.broadcast(rest, self._leader, group=self._group)
                 payload = torch.cat([payload, rest])
         if first[0] != expected:
@@ -245,7 +268,10 @@ class Channel:
                 work.wait()  # raises where the follower is gone
                 self._heard = True
             self._idle = dist.broadcast(
-                torch.zeros(_INLINE + 2, dtype=torch.int64), self._leader, group=self._group, async_op=True
+                torch.zeros(_INLINE + 2, dtype=torch.int64, device="cpu"),
+                self._leader,
+                group=self._group,
+                async_op=True,
             )
         finally:
             self._lock.release()
@@ -261,11 +287,9 @@ def _pause() -> None:
     time.sleep(EXIT_SECONDS)
 
 
-def _send_idle(reference: "weakref.ref[Channel]") -> None:
-    """Beat until the channel is collected. Holds no reference while it sleeps."""
-    pause = threading.Event()
-    while True:
-        pause.wait(IDLE_SECONDS)
+def _send_idle(reference: "weakref.ref[Channel]", stop: threading.Event) -> None:
+    """Beat until the channel is closed or collected. Holds no reference while it sleeps."""
+    while not stop.wait(IDLE_SECONDS):
         channel = reference()
         if channel is None:
             return

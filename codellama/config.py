@@ -4,8 +4,9 @@ This module knows nothing of files, tensors or torch.
 """
 
 import math
+import numbers
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -129,11 +130,15 @@ class RuntimeArgs:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{field.name} is {value!r}; an integer was expected")
-            if value < 1:
-                raise ValueError(f"{field.name} is {value}; it must be at least 1")
+            object.__setattr__(self, field.name, _integer(field.name, getattr(self, field.name), 1))
+
+
+_RANGES = (
+    ("temperature", 0.0, math.inf),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 1e-6, math.inf),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,26 +181,25 @@ class SamplingParams:
     logits_processor: LogitsProcessor | None = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0.0, math.inf)
-        _check_number("top_p", self.top_p, 0.0, 1.0)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 1e-6, math.inf)
-        _check_integer("top_k", self.top_k, 1)
-        _check_integer("max_gen_len", self.max_gen_len, 0)
-        _check_integer("seed", self.seed, None)
+        for name, low, high in _RANGES:
+            object.__setattr__(self, name, _number(name, getattr(self, name), low, high))
+        for name, least in (("top_k", 1), ("max_gen_len", 0), ("seed", None)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _integer(name, getattr(self, name), least))
         if self.top_logprobs is None:
             raise TypeError("top_logprobs is None; an integer was expected, 0 for none")
-        _check_integer("top_logprobs", self.top_logprobs, 0)
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "top_logprobs", _integer("top_logprobs", self.top_logprobs, 0))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Iterable):
+            raise TypeError(f"stop is {stop!r}; a string, or a list of strings, was expected")
+        object.__setattr__(self, "stop", tuple(stop))
+        if not isinstance(self.stop_tokens, Iterable) or isinstance(self.stop_tokens, str):
+            raise TypeError(f"stop_tokens is {self.stop_tokens!r}; a list of integer token ids was expected")
+        ids = frozenset(_integer("an id of stop_tokens", id, None) for id in self.stop_tokens)
+        object.__setattr__(self, "stop_tokens", ids)
         for name in ("logprobs", "echo"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; True or False was expected")
-        for id in self.stop_tokens:
-            if not isinstance(id, int) or isinstance(id, bool):
-                raise TypeError(f"stop_tokens holds {id!r}; integer token ids were expected")
-        object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
         for text in self.stop:
             if not isinstance(text, str):
                 raise TypeError(f"stop holds {text!r}; strings were expected")
@@ -210,18 +214,21 @@ class SamplingParams:
         return self.temperature == 0 or self.top_p == 0 or self.top_k == 1
 
 
-def _check_number(name: str, value: float, low: float, high: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    """Check a number and make it Python's own; numpy's are welcome."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; a number was expected")
-    if not (low <= value <= min(high, sys.float_info.max)):  # NaN fails every comparison
+    own = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if not (low <= own <= min(high, sys.float_info.max)):  # NaN fails every comparison
         bound = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name} is {value!r}; a finite number {bound} was expected")
+    return own
 
 
-def _check_integer(name: str, value: int | None, low: int | None) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
+def _integer(name: str, value: Any, low: int | None) -> int:
+    """Check an integer and make it Python's own; numpy's are welcome."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; an integer was expected")
     if low is not None and value < low:
         raise ValueError(f"{name} is {value}; it must be at least {low}")
+    return int(value)

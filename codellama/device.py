@@ -12,32 +12,45 @@ from codellama.memory import free_host_memory
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def choose_device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | int | torch.device | None) -> torch.device:
     """Take the device asked for, or this rank's GPU where there is one, else the CPU.
+
+    This rank's GPU is the one of LOCAL_RANK; the only one, where a launcher shows each rank its own; and without a
+    launcher the current one, as torch.cuda.set_device left it.
 
     Raises:
         ValueError: no such device here.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}; cpu, cuda or cuda:N was expected") from error
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {chosen}; cpu and cuda are supported")
     if chosen.type == "cpu":
         return torch.device("cpu")
-    if chosen.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"device is {chosen}, which would put every rank on one GPU; use cuda, each takes its own")
     if not torch.cuda.is_available():
         raise ValueError(f"device is {chosen}, but PyTorch finds no GPU here")
     count = torch.cuda.device_count()
-    index = local_rank if chosen.index is None else chosen.index
+    index = _own_gpu(count) if chosen.index is None else chosen.index
     if index >= count:
-        raise ValueError(
-            f"rank {local_rank} of this host needs GPU {index}, but {count} are visible: start fewer ranks"
-        )
+        rank = os.environ.get("LOCAL_RANK", "0")
+        raise ValueError(f"rank {rank} of this host needs GPU {index}, but {count} are visible: start fewer ranks")
     return torch.device("cuda", index)
+
+
+def _own_gpu(count: int) -> int:
+    if "LOCAL_RANK" not in os.environ:
+        return torch.cuda.current_device()
+    return 0 if count == 1 else int(os.environ["LOCAL_RANK"])
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU the current one, before groups and graphs are made: both take the current one for their own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -4,30 +4,22 @@ It turns prompts into requests and results into dicts. It knows nothing of rows,
 """
 
 import atexit
-import logging
-import sys
-import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Unpack
 
 import torch
 
-from codellama.cache import KVCache
-from codellama.checkpoint import load_model, open_checkpoint
+from codellama.assembly import DEMO, Parts, assemble, equip
 from codellama.config import RuntimeArgs
-from codellama.device import choose_device, choose_dtype, free_memory
 from codellama.errors import PromptError
-from codellama.generation.engine import Engine
-from codellama.generation.prompt import Prompt, PromptMaker
+from codellama.generation.prompt import Prompt
 from codellama.generation.request import Completion
-from codellama.generation.runner import Runner
-from codellama.generation.scheduler import Scheduler
-from codellama.memory import plan_budget
 from codellama.model import Transformer
-from codellama.parallel import Parallel, join
+from codellama.parallel import Parallel
 from codellama.prompts import Dialog
 from codellama.results import (
     Answer,
@@ -41,11 +33,9 @@ from codellama.results import (
     sampling_params,
 )
 from codellama.tokenizer import Tokenizer
+from codellama.turns import TextStream, Turns
 
-logger = logging.getLogger(__name__)
-
-DEMO = Path(__file__).parent / "demo"
-"""The bundled demo checkpoint: a small model of our own training, not Meta's weights. See its MODEL_CARD.md."""
+__all__ = ["DEMO", "Llama"]
 
 
 class Llama:
@@ -72,26 +62,17 @@ class Llama:
         seed: int | None = None,
     ) -> None:
         """Wrap a loaded model; most callers want `Llama.build`."""
-        self.model = model
-        self.tokenizer = tokenizer
-        self.runtime = runtime or RuntimeArgs()
-        self.parallel = parallel or Parallel()
-        weight = model.norm.weight
-        cache = KVCache.allocate(
-            model.args,
-            rows=self.runtime.max_batch_size,
-            max_seq_len=self.runtime.max_seq_len,
-            dtype=weight.dtype,
-            device=weight.device,
-            model_parallel_size=self.parallel.size,
-        )
-        self.engine = Engine(Runner(model, cache, weight.device), Scheduler(self.runtime), self.parallel)
-        self.prompts = PromptMaker(tokenizer, model.args.vocab_size, self.runtime.max_seq_len, seed)
-        self._calls = threading.Lock()
-        self._caller: threading.Thread | None = None
-        self._streams: weakref.WeakSet[Generator[str]] = weakref.WeakSet()
+        self._hold(equip(model, tokenizer, runtime or RuntimeArgs(), parallel or Parallel(), seed))
+
+    def _hold(self, parts: Parts) -> None:
+        self.model, self.tokenizer, self.runtime = parts.model, parts.tokenizer, parts.runtime
+        self.parallel, self.engine, self.prompts = parts.parallel, parts.engine, parts.prompts
+        self._turns = Turns()
+        self._closed = False
+        self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
+        self._at_exit = partial(_close, self._streams)
         if self.parallel.world is not None:
-            atexit.register(_close, self._streams)  # while the other ranks can still be told
+            atexit.register(self._at_exit)  # while the other ranks can still be told
 
     @staticmethod
     def build(
@@ -101,7 +82,7 @@ class Llama:
         max_batch_size: int = 4,
         model_parallel_size: int | None = None,
         *,
-        device: str | torch.device | None = None,
+        device: str | int | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         seed: int | None = None,
         rope_theta: float | None = None,
@@ -117,7 +98,7 @@ class Llama:
             max_batch_size: requests that are decoded at once; a call with more queues them.
             model_parallel_size: ranks that share one copy of the weights; None is all. With fewer than all, the copies
                 share the prompts of a call.
-            device: "cpu", "cuda" or "cuda:N"; None is this rank's GPU where there is one.
+            device: "cpu", "cuda" (this rank's GPU), "cuda:N" or N; None is this rank's GPU where there is one.
             dtype: None is bfloat16 where the hardware computes it, else float16 on a GPU and float32 on a CPU.
             seed: makes the requests that bring no seed of their own repeat from run to run.
             rope_theta: for a params.json that has none.
@@ -131,30 +112,33 @@ class Llama:
             RankError: another rank is gone.
         """
         runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size)
-        device = choose_device(device)
-        dtype = choose_dtype(dtype, device)
-        parallel = join(model_parallel_size, device)
-        first = parallel.world_rank == 0
-        if ckpt_dir is None and first:
-            logger.info("no ckpt_dir given: using the bundled demo checkpoint, a small model that is not Meta's")
-        checkpoint = parallel.agree(
-            lambda: open_checkpoint(DEMO if ckpt_dir is None else ckpt_dir, tokenizer_path, rope_theta)
+        llama = Llama.__new__(Llama)
+        llama._hold(
+            assemble(ckpt_dir, tokenizer_path, runtime, model_parallel_size, device, dtype, seed, rope_theta, progress)
         )
+        return llama
 
-        def check() -> str:
-            parallel.check_divides(checkpoint.args)
-            budget = plan_budget(checkpoint.args, runtime, parallel.size, dtype.itemsize)
-            free = free_memory(device)
-            budget.check(free, runtime)
-            return budget.describe(free)
+    def close(self) -> None:
+        """Free weights, cache, and what connects the ranks; every later call is refused. Harmless when repeated.
 
-        line = parallel.agree(check)
-        if first:
-            logger.info("%s, %s on %d rank(s); %s", str(dtype).removeprefix("torch."), device, parallel.size, line)
-        show = first and sys.stderr.isatty() if progress is None else progress
-        model = parallel.agree(lambda: load_model(checkpoint, parallel, device, dtype, show))
-        words = checkpoint.tokenizer()
-        return parallel.agree(lambda: Llama(model, words, runtime=runtime, parallel=parallel, seed=seed))
+        With several ranks, every rank makes this call. `with Llama.build(…) as llama:` makes it when the block ends.
+        """
+        if self._closed:
+            return
+        self._turns.close_stream()
+        with self._turns.take():
+            self._closed = True
+            atexit.unregister(self._at_exit)
+            self.engine.close()
+            self.parallel.leave()
+
+    def __enter__(self) -> "Llama":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def generate(
         self,
@@ -346,31 +330,41 @@ class Llama:
     def _complete(self, make: Callable[[], list[Prompt]], options: SamplingOptions) -> list[tuple[Prompt, Completion]]:
         """Run one batch call on all ranks: world rank 0 checks and deals, each replica's leader runs its share."""
         processor = options.get("logits_processor")
-        with self._turn():
+        self._refuse_closed()
+        with self._turns.take():
             mine = self.parallel.deal(make)
 
             def work() -> list[tuple[Prompt, Completion]]:
                 if self.parallel.is_leader:
                     done = self.engine.run(self.prompts.request(prompt, processor) for prompt in mine)
+                    for completion in done:
+                        if completion.error is not None:
+                            raise completion.error
                     return list(zip(mine, done, strict=True))
                 self.engine.follow()
                 return []
 
             return self.parallel.collect(work)
 
-    def _stream(self, make: Callable[[], Prompt], options: SamplingOptions) -> Iterator[str]:
+    def _stream(self, make: Callable[[], Prompt], options: SamplingOptions) -> TextStream:
         """Run one streaming call on all ranks; the text comes out on world rank 0 alone."""
-        stream = self._run_stream(make, options)
+        self._refuse_closed()
+        reference: list[weakref.ref[TextStream]] = []
+        stream = TextStream(self._run_stream(make, options, reference), self._turns)
+        reference.append(weakref.ref(stream))
         self._streams.add(stream)
         return stream
 
-    def _run_stream(self, make: Callable[[], Prompt], options: SamplingOptions) -> Generator[str]:
+    def _run_stream(
+        self, make: Callable[[], Prompt], options: SamplingOptions, reference: list[weakref.ref[TextStream]]
+    ) -> Generator[str]:
 
         def make_one() -> list[Prompt]:
             refuse_alternatives(options)
             return [make()]
 
-        with self._turn():
+        with self._turns.take(reference[0]):
+            self._refuse_closed()
             mine = self.parallel.deal(make_one)
             with self.parallel.together():
                 if not self.parallel.is_leader:
@@ -379,22 +373,18 @@ class Llama:
                     self.engine.run([])
                 else:
                     request = self.prompts.request(mine[0], options.get("logits_processor"))
-                    yield from (delta.text for delta in self.engine.stream(request) if delta.text)
+                    for delta in self.engine.stream(request):
+                        if delta.error is not None:
+                            raise delta.error
+                        if delta.text:
+                            yield delta.text
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Let one call in at a time."""
-        if self._caller is threading.current_thread():
-            raise RuntimeError("this thread has an open stream of this generator: exhaust it or close() it first")
-        with self._calls:
-            self._caller = threading.current_thread()
-            try:
-                yield
-            finally:
-                self._caller = None
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("this generator is closed; build another one")
 
 
-def _close(streams: weakref.WeakSet[Generator[str]]) -> None:
+def _close(streams: weakref.WeakSet[TextStream]) -> None:
     """End the streams that are still open."""
     for stream in list(streams):
         stream.close()

@@ -11,7 +11,8 @@ Shapes: features are split over the ranks of one model-parallel group; every ran
 """
 
 import os
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -182,6 +183,14 @@ class Parallel:
             channel.give_up(error)
         return error
 
+    def leave(self) -> None:
+        """Take the groups of this place down, on all ranks together; a channel that was given up is not waited for."""
+        channels = {id(channel): channel for channel in (self.channel, self.world) if channel is not None}
+        for channel in channels.values():
+            channel.close()
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+
     @contextmanager
     def _expecting(self) -> Iterator[None]:
         with ExitStack() as stack:
@@ -224,7 +233,7 @@ def join(model_parallel_size: int | None, device: torch.device) -> Parallel:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise RankError(f"WORLD_SIZE is {world_size} but {', '.join(missing)} is not set: start with torchrun")
-        dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+        dist.init_process_group(backend)
     world_rank, n_replicas = dist.get_rank(), world_size // size
     replica, rank = divmod(world_rank, size)
     group, channel = None, None
@@ -238,7 +247,29 @@ def join(model_parallel_size: int | None, device: torch.device) -> Parallel:
     world = channel
     if n_replicas > 1:
         world = Channel(dist.new_group(everyone, backend="gloo", timeout=CONTROL_TIMEOUT), everyone)
-    return Parallel(rank, size, replica, n_replicas, group, channel, world)
+    parallel = Parallel(rank, size, replica, n_replicas, group, channel, world)
+    if backend == "nccl" and world is not None:
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        gpus = world.gather_objects((socket.gethostname(), gpu))
+        parallel.agree(lambda: refuse_shared_gpus(gpus))
+    return parallel
+
+
+def refuse_shared_gpus(gpus: Sequence[tuple[str, str]]) -> None:
+    """Refuse two ranks on one GPU, where NCCL would hang or say "duplicate GPU".
+
+    Args:
+        gpus: host and identity of each rank's GPU, in the order of ranks.
+
+    Raises:
+        RankError: naming the ranks.
+    """
+    for rank, gpu in enumerate(gpus):
+        if gpu in gpus[:rank]:
+            raise RankError(
+                f"ranks {gpus.index(gpu)} and {rank} both use GPU {gpu[1]} of {gpu[0]}; each rank needs its own: leave "
+                f'device out or pass "cuda", and start as many ranks as there are GPUs'
+            )
 
 
 CONTROL_TIMEOUT = timedelta(days=365)

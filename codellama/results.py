@@ -4,6 +4,7 @@ They know nothing of how a generation is made.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 from codellama.config import LogitsProcessor, SamplingParams
@@ -83,18 +84,17 @@ def sampling_params(
         known = ", ".join(SamplingOptions.__annotations__)
         raise TypeError(f"unknown argument {', '.join(sorted(unknown))}; beside the named ones there are {known}")
     asked: dict[str, Any] = dict(options)
-    own = frozenset(asked.pop("stop_tokens", ()))
     if asked.get("stop", ()) is None:
         del asked["stop"]
-    return SamplingParams(
+    params = SamplingParams(
         **asked,
         temperature=temperature,
         top_p=top_p,
         max_gen_len=max_gen_len,
         logprobs=logprobs or bool(options.get("top_logprobs")),
         echo=echo,
-        stop_tokens=own if stop_token is None else own | {stop_token},
     )
+    return params if stop_token is None else replace(params, stop_tokens=params.stop_tokens | {stop_token})
 
 
 def refuse_alternatives(options: SamplingOptions) -> None:

@@ -72,6 +72,7 @@ class Tokenizer:
         special = (self.prefix_id, self.suffix_id, self.middle_id, self.eot_id, self.step_id)
         self._spelled = {id: self._spell(id) for id in special if id is not None}
         self._bytes = [self._piece_bytes(id) for id in range(self.n_words)]
+        self._shown = [b"" if id in self._spelled else content for id, content in enumerate(self._bytes)]
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """Encode a text as SentencePiece does, with its implicit leading space; special pieces are spelled out."""
@@ -136,7 +137,10 @@ class Tokenizer:
 
 
 class TextDecoder:
-    """Decode ids one by one; what it returns concatenates to exactly what decoding them at once gives."""
+    """Decode generated ids one by one; what it returns concatenates to exactly what decoding them at once gives.
+
+    Special pieces that a model generates are structure and add no text, as control pieces do.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Begin a text that continues another one, as a generation continues its prompt."""
@@ -150,7 +154,7 @@ class TextDecoder:
 
     def push(self, ids: Iterable[int]) -> str:
         """Add ids and return the text that is now certain: an unfinished UTF-8 sequence is held back."""
-        return self._utf8.decode(b"".join(self._tokenizer._bytes[id] for id in ids))
+        return self._utf8.decode(b"".join(self._tokenizer._shown[id] for id in ids))
 
     def finish(self) -> str:
         """Return what was held back; unfinished sequences become U+FFFD."""

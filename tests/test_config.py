@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from codellama.config import ModelArgs, RuntimeArgs, SamplingParams
@@ -249,3 +250,30 @@ def test_logits_processor_is_callable() -> None:
 )
 def test_greedy(given: dict[str, Any], greedy: bool) -> None:
     assert SamplingParams(**given).greedy is greedy
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    params = SamplingParams(
+        temperature=np.float32(0.5), top_p=np.float64(0.25), top_k=np.int64(3), max_gen_len=np.int32(4),
+        seed=np.int64(5), stop_tokens=[np.int64(7)], top_logprobs=np.uint8(2),
+    )  # fmt: skip
+    assert params == SamplingParams(
+        temperature=0.5, top_p=0.25, top_k=3, max_gen_len=4, seed=5, stop_tokens=frozenset({7}), top_logprobs=2
+    )
+    assert all(type(value).__module__ == "builtins" for value in vars(params).values())
+    assert RuntimeArgs(max_seq_len=np.int64(9)) == RuntimeArgs(max_seq_len=9)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"stop": 5}, "stop is 5; a string, or a list of strings, was expected"),
+        ({"stop_tokens": None}, "stop_tokens is None; a list of integer token ids was expected"),
+        ({"stop_tokens": "12"}, "stop_tokens is '12'; a list"),
+        ({"stop_tokens": 5}, "stop_tokens is 5; a list"),
+        ({"temperature": np.bool_(True)}, "temperature is .*True.*; a number was expected"),
+    ],
+)
+def test_stops_of_the_wrong_kind(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        SamplingParams(**wrong)

@@ -1,9 +1,13 @@
 """Devices and dtypes are chosen when asked, not at import, and a wish that cannot be met is an error."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from codellama.device import choose_device, choose_dtype, free_memory
+from codellama.device import choose_device, choose_dtype, free_memory, use_device
+from codellama.errors import RankError
+from codellama.parallel import refuse_shared_gpus
 
 
 def test_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -11,19 +15,59 @@ def test_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device(None) == torch.device("cpu")
 
 
-def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Pretend that so many GPUs are visible; the current one is the last."""
+
+    def show(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: count - 1)
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return show
+
+
+def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch, gpus: Callable[[int], None]) -> None:
+    gpus(4)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert choose_device(None) == torch.device("cuda", 1)
-    assert choose_device("cuda:0") == torch.device("cuda", 0)
-    assert choose_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="every rank on one GPU"):
-        choose_device("cuda:0")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="rank 2 of this host needs GPU 2, but 2 are visible"):
+    for wish in (None, "cuda", "cuda:1", 1, torch.device("cuda", 1)):
+        assert choose_device(wish) == torch.device("cuda", 1), wish
+    assert choose_device("cuda:3") == torch.device("cuda", 3), "ranks may use other GPUs than the first ones"
+    assert choose_device(0) == torch.device("cuda", 0)
+    assert choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="rank 4 of this host needs GPU 4, but 4 are visible"):
         choose_device("cuda")
+
+
+def test_a_launcher_may_show_each_rank_its_own_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, gpus: Callable[[int], None]
+) -> None:
+    gpus(1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert choose_device(None) == choose_device("cuda:0") == torch.device("cuda", 0)
+
+
+def test_without_a_launcher_the_current_gpu_is_taken(gpus: Callable[[int], None]) -> None:
+    gpus(3)
+    assert choose_device(None) == choose_device("cuda") == torch.device("cuda", 2)
+    assert choose_device(0) == torch.device("cuda", 0)
+
+
+def test_a_gpu_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    use_device(torch.device("cpu"))
+    use_device(torch.device("cuda", 2))
+    assert made == [torch.device("cuda", 2)]
+
+
+def test_ranks_that_share_a_gpu_are_refused() -> None:
+    refuse_shared_gpus([("a", "x"), ("a", "y"), ("b", "x")])
+    with pytest.raises(RankError, match="ranks 1 and 2 both use GPU y of a"):
+        refuse_shared_gpus([("a", "x"), ("a", "y"), ("a", "y")])
 
 
 @pytest.mark.parametrize(

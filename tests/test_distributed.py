@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import threading
@@ -308,3 +309,36 @@ def test_a_call_inside_the_same_threads_stream_is_refused(llama: Llama) -> None:
         llama.generate([[1]], 2)
     rest = "".join(stream)
     assert first + rest == llama.text_completion(["def f"], temperature=0, max_gen_len=30)[0]["generation"]
+
+
+def counted(folder: Path, size: int | None) -> list[tuple[int, int, str]]:
+    """Open descriptors and threads after each of several builds that are closed, and what each of them said."""
+    counts = []
+    for _ in range(10):
+        with build(folder, model_parallel_size=size) as llama:
+            (result,) = llama.text_completion(["def"], temperature=0, max_gen_len=3)
+        gc.collect()
+        tasks = len(list(Path("/proc/self/task").iterdir()))
+        counts.append((len(os.listdir("/proc/self/fd")), tasks, result["generation"]))
+    return counts
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_a_closed_generator_leaves_nothing_open(size: int | None, tiny_folder: Path) -> None:
+    for counts in run_ranks(2, counted, tiny_folder, size):
+        descriptors, tasks, texts = zip(*counts, strict=True)
+        assert max(descriptors[2:]) <= descriptors[1], counts
+        assert max(tasks[2:]) <= tasks[1], counts
+        assert len(set(texts)) == 1
+
+
+def on_meta_by_default(folder: Path) -> Any:
+    torch.set_default_device("meta")
+    llama = build(folder)
+    return llama.text_completion(TEXTS, temperature=0.7, seed=3, max_gen_len=6, logprobs=True)
+
+
+def test_a_default_device_of_the_caller_changes_nothing(tiny_folder: Path, llama: Llama) -> None:
+    expected = llama.text_completion(TEXTS, temperature=0.7, seed=3, max_gen_len=6, logprobs=True)
+    for found in run_ranks(2, on_meta_by_default, tiny_folder):
+        assert approximate(found) == approximate(expected)

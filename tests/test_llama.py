@@ -124,7 +124,9 @@ def test_prompt_and_generation_are_exactly_the_text(llama: Llama) -> None:
         (result,) = llama.text_completion([prompt], temperature=1.5, top_p=1, max_gen_len=30, seed=seed, echo=True)
         ids = llama.tokenizer.encode(prompt, bos=True, eos=False)
         (tokens,), _ = llama.generate([ids], 30, temperature=1.5, top_p=1, seed=seed, echo=True)
-        assert result["generation"] == llama.tokenizer.decode(tokens)
+        tokenizer = llama.tokenizer
+        special = (tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id, tokenizer.eot_id)
+        assert result["generation"] == tokenizer.decode([id for id in tokens if id not in special])
 
 
 def test_streams_concatenate_to_the_result(llama: Llama) -> None:
@@ -258,7 +260,7 @@ def test_build_refuses_bad_arguments(tiny_folder: Path, monkeypatch: pytest.Monk
         Llama.build(tiny_folder, device="meta")
     with pytest.raises(ParallelSizeError, match="model_parallel_size 3 does not fit 1 processes"):
         Llama.build(tiny_folder, model_parallel_size=3)
-    monkeypatch.setattr("codellama.llama.free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr("codellama.assembly.free_memory", lambda device: 2_000_000)
     with pytest.raises(MemoryBudgetError, match=r"max_seq_len up to (\d+) fits") as caught:
         Llama.build(tiny_folder, max_seq_len=100_000, dtype="float32")
     assert "cache 115 MB" in str(caught.value)
@@ -304,3 +306,17 @@ def test_a_closed_stream_leaves_nothing_behind(llama: Llama) -> None:
     stream.close()  # type: ignore[attr-defined]
     assert not llama.engine.step()
     assert llama.text_completion([PROMPT], temperature=0, max_gen_len=3)[0]["finish_reason"] == "length"
+
+
+def test_a_model_that_generates_special_pieces_shows_none(llama: Llama) -> None:
+    tokenizer = llama.tokenizer
+    special = [tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id, tokenizer.eot_id]
+
+    def prefer(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        logits[special[len(ids) % 4]] = 99.0
+        return logits
+
+    (result,) = llama.text_completion([""], temperature=0, max_gen_len=8, logprobs=True, logits_processor=prefer)
+    assert result["generation"] == ""
+    assert sorted(set(result["tokens"])) == sorted(tokenizer.token_piece(id) for id in special)
+    assert "".join(llama.stream_completion("", temperature=0, max_gen_len=8, logits_processor=prefer)) == ""

@@ -4,6 +4,7 @@ It knows nothing of text: token ids in, token ids out; a request that carries a 
 leader (model-parallel rank 0) alone decides tokens; the other ranks follow batch by batch.
 """
 
+import logging
 import queue
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from codellama.generation.runner import Runner
 from codellama.generation.sampling import sample, score
 from codellama.generation.scheduler import Batch, Scheduler
 from codellama.parallel import Parallel
+
+logger = logging.getLogger(__name__)
 
 _DONE, _FAILED = -1, -2  # in place of a batch's first row
 
@@ -32,7 +35,10 @@ class Engine:
         self._inbox: queue.SimpleQueue[tuple[Callable[[Request], None], Request]] = queue.SimpleQueue()
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> None:
-        """Queue a request; safe from any thread. on_delta is called by the thread that steps."""
+        """Queue a request; safe from any thread. on_delta is called by the thread that steps.
+
+        A request ends once, by itself, by `cancel`, or with the engine: then its last delta has a finish_reason.
+        """
         if on_delta is not None:
             request.on_delta = on_delta
         self._inbox.put((self._scheduler.add, request))
@@ -44,10 +50,20 @@ class Engine:
     def step(self) -> bool:
         """Run one batch on all ranks. Call it on the leader; returns False when there is nothing to do.
 
+        What a request's own logits_processor or on_delta raises ends that request alone. What is raised here has ended
+        all of them, with finish_reason "error" and the same exception.
+
         Raises:
-            NumericalError: the logits hold NaN.
+            NumericalError: the logits are not finite.
             RankError: another rank is gone.
         """
+        try:
+            return self._step()
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _step(self) -> bool:
         self._read_inbox()
         batch = self._scheduler.schedule()
         if batch is None:
@@ -57,7 +73,7 @@ class Engine:
         offset, pieces = batch.logits_from, self._forward(batch)
         try:
             for logits in pieces:
-                self._check_nan(logits)
+                self._check_finite(logits)
                 self._take(batch, offset, logits)
                 offset += logits.shape[1]
         finally:
@@ -106,6 +122,12 @@ class Engine:
         if values[0] == _FAILED:
             self._runner.forget()
 
+    def close(self) -> None:
+        """Free weights and cache, and let what has not ended end as cancelled."""
+        self._read_inbox()
+        self._scheduler.end()
+        self._runner.free()
+
     @contextmanager
     def _session(self) -> Iterator[None]:
         """Let the other ranks go at the end; after a failure, forget what may be spoilt."""
@@ -115,16 +137,16 @@ class Engine:
             self._read_inbox()
             self._release(_DONE)
             raise
-        except RankError:  # there is nobody left to release
-            self._reset()
+        except RankError as error:  # there is nobody left to release
+            self._fail(error)
             raise
-        except Exception:
-            self._reset()
+        except Exception as error:
+            self._fail(error)
             self._release(_FAILED)
             raise
-        except BaseException:  # Ctrl-C may have left the other ranks inside a collective: they learn it from our exit
+        except BaseException as error:  # Ctrl-C may have left the others inside a collective: our exit tells them
             self._parallel.give_up("was interrupted")
-            self._reset()
+            self._fail(error)
             raise
         else:
             self._release(_DONE)
@@ -136,11 +158,16 @@ class Engine:
     def _read_inbox(self) -> None:
         while not self._inbox.empty():
             act, request = self._inbox.get()
-            act(request)
+            try:
+                act(request)  # hands out a last delta where it ends the request
+            except Exception as error:
+                _log_own(request, error)
 
-    def _reset(self) -> None:
-        self._inbox = queue.SimpleQueue()
-        self._scheduler.clear()
+    def _fail(self, error: BaseException) -> None:
+        """End every request, those that still lie in the inbox too, and forget what may be spoilt."""
+        self._scheduler.fail(error)
+        while not self._inbox.empty():
+            self._inbox.get()[1].fail(error)
         self._runner.forget()
 
     def _release(self, reason: int) -> None:
@@ -151,7 +178,7 @@ class Engine:
         """Give each request of the batch its scores and its next token."""
         drawn: list[tuple[Request, Tensor, Tensor]] = []
         for row, request in enumerate(batch.requests):
-            if request is None:
+            if request is None or request.finish_reason is not None:
                 continue
             # The logits at position p are about the token at p + 1.
             following = batch.positions[row] + offset + 1
@@ -160,23 +187,40 @@ class Engine:
                 request.scores += score(logits[row, : len(known)], known, request.params.top_logprobs)
             if following + logits.shape[1] - 1 == request.n_tokens and request.n_max > 0:
                 last = logits[row, -1]
-                drawn.append((request, last, sample(last, request.params, request.rng.random(), request.history())))
+                try:
+                    token = sample(last, request.params, request.rng.random(), request.history())
+                except Exception as error:  # of its logits_processor
+                    request.fail(error)
+                else:
+                    drawn.append((request, last, token))
         if not drawn:
             return
         tokens = torch.stack([token for _, _, token in drawn]).tolist()  # one wait for all rows
         for (request, last, _), token in zip(drawn, tokens, strict=True):
             params = request.params
-            request.append(token, score(last[None], [token], params.top_logprobs)[0] if params.logprobs else None)
+            try:
+                request.append(token, score(last[None], [token], params.top_logprobs)[0] if params.logprobs else None)
+            except Exception as error:  # of its on_delta
+                _log_own(request, error)
+                request.on_delta = None
+                request.fail(error)
 
-    def _check_nan(self, logits: Tensor) -> None:
-        """Refuse NaN, and name the ranks whose share of the vocabulary holds it."""
-        if not torch.isnan(logits).any():
+    def _check_finite(self, logits: Tensor) -> None:
+        """Refuse NaN and infinity, and name the ranks whose share of the vocabulary holds them."""
+        finite = torch.isfinite(logits)
+        if finite.all():
             return
         share = logits.shape[-1] // self._parallel.size
-        bad = torch.isnan(logits).any(dim=0).any(dim=0).view(self._parallel.size, share).any(dim=1)
+        bad = ~finite.all(dim=0).all(dim=0).view(self._parallel.size, share).all(dim=1)
         first = self._parallel.replica * self._parallel.size
         ranks = ", ".join(str(first + rank) for rank in bad.nonzero().flatten().tolist())
+        found = "NaN" if torch.isnan(logits).any() else "infinity"
         raise NumericalError(
-            f"the model produced NaN instead of logits on rank {ranks}: the weights are damaged, or the values "
+            f"the model produced {found} instead of logits on rank {ranks}: the weights are damaged, or the values "
             f"overflow {self._runner.cache.keys[0].dtype}; verify the checkpoint, or try dtype=torch.float32"
         )
+
+
+def _log_own(request: Request, error: Exception) -> None:
+    """What a request's own receiver raises concerns nobody else, and may have nobody else to tell."""
+    logger.error("the receiver of %s raised %s: %s", request.where, type(error).__name__, error)

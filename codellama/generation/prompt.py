@@ -3,6 +3,7 @@
 It knows nothing of the model beyond two sizes, and nothing of torch.
 """
 
+import numbers
 import random
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -50,9 +51,9 @@ class PromptMaker:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_seq_len = max_seq_len
-        if seed is not None and not isinstance(seed, int):
+        if seed is not None and not isinstance(seed, numbers.Integral):
             raise TypeError(f"seed is {seed!r}; an integer was expected")
-        self._seeds = random.Random() if seed is None else random.Random(str(seed))
+        self._seeds = random.Random() if seed is None else random.Random(str(int(seed)))
 
     def ids(self, tokens: Sequence[int], params: SamplingParams, where: str = "the prompt") -> Prompt:
         """Take ids as they are; the caller sets the stop tokens."""

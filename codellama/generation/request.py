@@ -3,6 +3,7 @@
 It knows nothing of batches, of the model, or of torch.
 """
 
+import logging
 import operator
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,9 @@ from codellama.config import SamplingParams
 from codellama.errors import ContextLengthError, PromptError
 from codellama.tokenizer import TextDecoder, Tokenizer
 
-FinishReason = Literal["stop", "length", "cancelled"]
+logger = logging.getLogger(__name__)
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,17 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to a request: text that is now certain, and the new ids. The last one has a finish_reason."""
+    """What is certain since the last one: text, ids and their scores. The last of a request has a finish_reason.
+
+    All deltas of a request, one after the other, are its Completion: what may still be cut off by a stop string is held
+    back, and with echo the first one begins with the prompt's ids and scores.
+    """
 
     text: str
     tokens: tuple[int, ...] = ()
     scores: tuple[TokenScore, ...] = ()
     finish_reason: FinishReason | None = None
+    error: BaseException | None = None
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,14 @@ class Completion:
         tokens: generated ids, without the stop token; with echo the prompt's before them.
         text: the generated text alone.
         scores: one for each of tokens, if asked for. The first token of a prompt is certain: log-probability 0.
+        error: what ended the request, where finish_reason is "error".
     """
 
     tokens: tuple[int, ...]
     text: str
     scores: tuple[TokenScore, ...]
     finish_reason: FinishReason
+    error: BaseException | None = None
 
 
 class GeneratedText:
@@ -72,6 +82,8 @@ class GeneratedText:
         self._parts: list[str] = []
         self._decoded = 0
         self._starts: list[int] = []
+        self._n_certain = 0
+        self._ended = False
         self.stopped = False
 
     @property
@@ -81,10 +93,13 @@ class GeneratedText:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that have a share in the text: a stop string may have cut off the last ones."""
-        if not self.stopped:
-            return len(self._starts)
-        return sum(start < self._decoded - len(self._held) for start in self._starts)
+        """Tokens that are certain to stay: a stop string may yet cut off those that have no share in the text."""
+        if self._stop and not self._ended:
+            certain = self._decoded - len(self._held)
+            while self._n_certain < len(self._starts) and self._starts[self._n_certain] < certain:
+                self._n_certain += 1
+            return self._n_certain
+        return len(self._starts)
 
     def push(self, token: int) -> str:
         """Add a token and return the text that became certain."""
@@ -96,7 +111,10 @@ class GeneratedText:
 
     def finish(self) -> str:
         """Return what was held back, since nothing follows."""
-        return "" if self.stopped else self._take(self._decoder.finish(), final=True)
+        if self.stopped:
+            return ""
+        self._ended = True
+        return self._take(self._decoder.finish(), final=True)
 
     def _take(self, text: str, final: bool) -> str:
         self._decoded += len(text)
@@ -157,6 +175,8 @@ class Request:
     output: list[int] = field(default_factory=list, init=False)
     scores: list[TokenScore] = field(default_factory=list, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
+    error: BaseException | None = field(default=None, init=False)
+    _n_handed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.prompt = check_ids(self.prompt, self.vocab_size, self.where)
@@ -191,9 +211,8 @@ class Request:
     def completion(self) -> Completion:
         """Return the result of a finished request."""
         assert self.finish_reason is not None, "the request is finished"
-        tokens = [*self.prompt, *self.output] if self.params.echo else self.output
         text = self.text.text if self.text else ""
-        return Completion(tuple(tokens), text, tuple(self.scores), self.finish_reason)
+        return Completion(tuple(self._returned()), text, tuple(self.scores), self.finish_reason, self.error)
 
     def append(self, token: int, score: TokenScore | None) -> None:
         """Add a generated token, or end with it."""
@@ -203,34 +222,47 @@ class Request:
         self.output.append(token)
         if score is not None:
             self.scores.append(score)
-        added = (token,), () if score is None else (score,)
         text = self.text.push(token) if self.text else ""
         if self.text and self.text.stopped:
             # What a stop string cut off the text is cut off the tokens too.
             extra = len(self.output) - self.text.n_tokens
             del self.output[len(self.output) - extra :]
             del self.scores[len(self.scores) - (extra if score is not None else 0) :]
-            self.finish("stop", text) if extra else self.finish("stop", text, *added)
+            self.finish("stop", text)
         elif len(self.output) >= self.n_max:
-            self.finish("length", text, *added)
+            self.finish("length", text)
         else:
-            self._emit(Delta(text, *added))
+            self._emit(text)
 
-    def finish(
-        self,
-        reason: FinishReason,
-        text: str = "",
-        tokens: tuple[int, ...] = (),
-        scores: tuple[TokenScore, ...] = (),
-    ) -> None:
+    def finish(self, reason: FinishReason, text: str = "", error: BaseException | None = None) -> None:
         """End the request and hand out what was held back."""
         assert self.finish_reason is None, "a request ends once"
-        self.finish_reason = reason
-        self._emit(Delta(text + (self.text.finish() if self.text else ""), tokens, scores, reason))
+        self.finish_reason, self.error = reason, error
+        self._emit(text + (self.text.finish() if self.text else ""))
 
-    def _emit(self, delta: Delta) -> None:
+    def fail(self, error: BaseException) -> None:
+        """End the request, unless it has ended, because of an error of its own or of the whole engine."""
+        if self.finish_reason is not None:
+            return
+        try:
+            self.finish("error", error=error)
+        except Exception:  # the one to tell is the one that fails: the request has ended all the same
+            logger.exception("the receiver of the end of %s raised", self.where)
+
+    def _emit(self, text: str) -> None:
+        """Hand out text, and the tokens that have become certain with it."""
+        certain = len(self.output)
+        if self.text and self.finish_reason is None:
+            certain = self.text.n_tokens
+        returned = self._returned()[: len(self.prompt) * self.params.echo + certain]
+        tokens = returned[self._n_handed :]
+        scores = self.scores[self._n_handed : len(returned)] if self.params.logprobs else []
+        self._n_handed = len(returned)
         if self.on_delta is not None:
-            self.on_delta(delta)
+            self.on_delta(Delta(text, tuple(tokens), tuple(scores), self.finish_reason, self.error))
+
+    def _returned(self) -> list[int]:
+        return [*self.prompt, *self.output] if self.params.echo else self.output
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> list[int]:

@@ -44,3 +44,10 @@ class Runner:
     def forget(self) -> None:
         """Clear the cache, which may hold NaN after a failure."""
         self.cache.zero_()
+
+    def free(self) -> None:
+        """Give the memory of weights and cache back; nothing can run afterwards."""
+        self.model.to("meta")
+        self.cache.free()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()

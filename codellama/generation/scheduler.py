@@ -4,7 +4,7 @@ It knows nothing of the model or of torch. A Batch is all that a rank needs to r
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from codellama.config import RuntimeArgs
@@ -72,7 +72,9 @@ class Scheduler:
         return bool(self._waiting) or any(self._rows)
 
     def add(self, request: Request) -> None:
-        """Let a request wait for a row; one that asks for nothing is finished at once."""
+        """Let a request wait for a row. One that asks for nothing is finished at once; one that has ended stays so."""
+        if request.finish_reason is not None:
+            return
         if request.n_max == 0 and not request.scores_prompt:
             request.finish("length")
         else:
@@ -82,16 +84,23 @@ class Scheduler:
         """End a request wherever it is."""
         if request.finish_reason is not None:
             return
-        if request.row is None:
+        if request in self._waiting:  # it may not have come here yet
             self._waiting.remove(request)
         request.finish("cancelled")
         self._free()
 
-    def clear(self) -> None:
-        """End everything and forget what the rows hold, after a failure."""
+    def fail(self, error: BaseException) -> None:
+        """End everything with this error and forget what the rows hold."""
+        self._forget(lambda request: request.fail(error))
+
+    def end(self) -> None:
+        """End everything as cancelled and forget what the rows hold."""
+        self._forget(lambda request: request.finish("cancelled"))
+
+    def _forget(self, end: Callable[[Request], None]) -> None:
         for request in (*self._waiting, *self._rows):
             if request is not None and request.finish_reason is None:
-                request.finish("cancelled")
+                end(request)
         self._waiting.clear()
         self._prompts.clear()
         self._prefills = 0

@@ -44,5 +44,5 @@ class StepsFormat:
         return [*ids, self._step_id]
 
     def _encode(self, text: str) -> list[int]:
-        # Each part is written as it stands: SentencePiece's implicit space would put a second one before "Source".
-        return self._tokenizer.encode_infilling(text)
+        # Each part is an ordinary text of its own, SentencePiece's implicit space included: so was the model trained.
+        return self._tokenizer.encode(text, bos=False, eos=False)

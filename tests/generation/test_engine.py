@@ -8,6 +8,7 @@ from torch import Tensor
 
 from codellama.cache import KVCache
 from codellama.config import RuntimeArgs, SamplingParams
+from codellama.errors import NumericalError
 from codellama.generation.engine import Engine
 from codellama.generation.request import Delta, Request
 from codellama.generation.runner import Runner
@@ -115,18 +116,111 @@ def test_a_stream_yields_each_token_and_is_cancelled_when_it_is_closed() -> None
     assert len(runner.batches) == ran
 
 
-def test_a_failure_clears_the_rows_and_the_cache() -> None:
-    engine, runner = new_engine()
+def explode(ids: object, logits: Tensor) -> Tensor:
+    raise LookupError("from the caller")
 
-    def explode(ids: object, logits: Tensor) -> Tensor:
-        raise LookupError("from the caller")
 
-    with pytest.raises(LookupError, match="from the caller"):
-        engine.run([request([1] * 3, 5), request([2] * 3, 5, logits_processor=explode)])
+class FailingRunner(Runner):
+    """Runs as it should until it is told to fail; calls a function first."""
+
+    def run(self, batch: Batch) -> Iterator[Tensor]:
+        if self.before is not None:
+            self.before()
+            raise ArithmeticError("inside the model")
+        return super().run(batch)
+
+
+def failing_engine(rows: int = 2) -> tuple[Engine, FailingRunner]:
+    engine, runner = new_engine(rows=rows)
+    runner.__class__ = FailingRunner
+    runner.before = None
+    return engine, runner
+
+
+def test_a_raising_processor_ends_its_own_request_alone() -> None:
+    engine, _ = new_engine(rows=2)
+    requests = [request([1] * 3, 5), request([2] * 3, 5, logits_processor=explode), request([3] * 3, 5)]
+    alone = [engine.run([request([id] * 3, 5)])[0].tokens for id in (1, 3)]
+    first, failed, third = engine.run(requests)
+    assert [first.tokens, third.tokens] == alone
+    assert (failed.finish_reason, failed.tokens) == ("error", ())
+    assert isinstance(failed.error, LookupError)
+    assert first.error is third.error is None
+
+
+def test_a_raising_receiver_ends_its_own_request_alone() -> None:
+    engine, _ = new_engine()
+    mine, other = request([1] * 3, 5), request([2] * 3, 5)
+
+    def receive(delta: Delta) -> None:
+        raise LookupError("from the receiver")
+
+    engine.submit(mine, receive)
+    engine.submit(other)
+    while engine.step():
+        pass
+    assert (mine.finish_reason, other.finish_reason) == ("error", "length")
+    assert isinstance(mine.error, LookupError)
+    assert len(other.output) == 5
+
+
+def test_a_failure_of_the_model_ends_every_request_once_with_its_cause() -> None:
+    """Those that run, wait, and are submitted while the failing step runs; then the engine goes on as if new."""
+    engine, runner = failing_engine(rows=1)
+    deltas: dict[str, list[Delta]] = {"running": [], "waiting": [], "late": []}
+    requests = {name: request([1] * 3, 9) for name in deltas}
+    engine.submit(requests["running"], deltas["running"].append)
+    engine.submit(requests["waiting"], deltas["waiting"].append)
+    engine.step()
+    runner.before = lambda: engine.submit(requests["late"], deltas["late"].append)
+    with pytest.raises(ArithmeticError, match="inside the model") as caught:
+        engine.step()
+    for name, asked in requests.items():
+        assert (asked.finish_reason, asked.error) == ("error", caught.value), name
+        assert [delta.finish_reason for delta in deltas[name]].count("error") == 1, name
+        assert (deltas[name][-1].finish_reason, deltas[name][-1].error) == ("error", caught.value), name
+    runner.before = None
     assert not any(tensor.any() for tensor in (*runner.cache.keys, *runner.cache.values))
     assert not engine.step()
     (done,) = engine.run([request([1] * 3, 5)])
     assert len(done.tokens) == 5
+
+
+def test_cancelled_before_it_is_submitted() -> None:
+    engine, _ = new_engine()
+    asked, other = request([1] * 3, 5), request([2] * 3, 5)
+    deltas: list[Delta] = []
+    engine.cancel(asked)
+    engine.submit(asked, deltas.append)
+    engine.submit(other)
+    while engine.step():
+        pass
+    assert (asked.finish_reason, other.finish_reason) == ("cancelled", "length")
+    assert asked.output == []
+    assert [delta.finish_reason for delta in deltas] == ["cancelled"]
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(float("inf"), "infinity"), (-float("inf"), "infinity"), (float("nan"), "NaN")]
+)
+def test_logits_that_are_not_finite_are_an_error(value: float, found: str) -> None:
+    engine, runner = new_engine()
+    runner.model.output.weight.data[7, 0] = value  # of one piece
+    with pytest.raises(NumericalError, match=f"the model produced {found} instead of logits on rank 0"):
+        engine.run([request([1] * 3, 5, logprobs=True)])
+
+
+def test_a_processor_may_forbid_with_minus_infinity() -> None:
+    engine, _ = new_engine()
+
+    def only(ids: object, logits: Tensor) -> Tensor:
+        logits[:] = -float("inf")
+        logits[9] = 0.0
+        return logits
+
+    (done,) = engine.run([request([1] * 3, 3, logits_processor=only, logprobs=True, top_logprobs=4)])
+    assert done.tokens == (9, 9, 9)
+    assert all(-100 < value < 0 for score in done.scores for value in (score.logprob, *(v for _, v in score.top)))
 
 
 def test_scoring_a_prompt_generates_nothing() -> None:

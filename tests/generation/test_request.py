@@ -117,10 +117,12 @@ def test_random_texts_against_the_whole_text() -> None:
                 stopped += 1
                 break
             held = max((n for s in stop for n in range(1, len(s)) if whole.endswith(s[:n])), default=0)
-            assert out == whole[: len(whole) - held]
-            assert text.n_tokens == len(starts)
+            certain = len(whole) - held
+            assert out == whole[:certain]
+            assert text.n_tokens == (sum(start < certain for start in starts) if stop else len(starts))
         else:
             out += text.finish()
+            assert text.n_tokens == len(starts)
             assert out == content.decode()
         assert out == text.text
         assert [string for string in stop if string in out] == []
@@ -262,15 +264,62 @@ def test_a_stop_string_leaves_the_prompt_alone() -> None:
     assert completion.scores == (TokenScore(0.0), TokenScore(-1.0), TokenScore(-2.0))
 
 
-@pytest.mark.parametrize(("stop", "kept"), [("rn", 2), ("()", 1), (")", 2)])
-def test_deltas_announce_every_token_of_the_result(stop: str, kept: int) -> None:
-    """Also the last one, of which a stop string cut the tail; what it cut off later may have been announced."""
-    ids = words("def", " return") if stop == "rn" else words("def", "(", ")")
-    completion, deltas = finish(make_request(stop=[stop], logprobs=True), ids, scored=True)
-    assert completion.tokens == tuple(ids[:kept])
-    announced = [token for delta in deltas for token in delta.tokens]
-    assert announced[:kept] == ids[:kept]
-    assert [score.logprob for delta in deltas for score in delta.scores][:kept] == [-float(id) for id in ids[:kept]]
+def test_deltas_are_the_result() -> None:
+    """Whatever the tokens, and whatever ends it: joined deltas are the completion, in text, tokens and scores."""
+    rng = random.Random(8)
+    ends = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
+    for _ in range(3000):
+        source = "".join(rng.choice(("a", "a", "b", " ", "\n", "é", "😀")) for _ in range(rng.randrange(1, 12)))
+        ids = spell(source) if rng.random() < 0.5 else DEMO.encode_infilling(source)
+        ids = [rng.choice([id, id, id, id, DEMO.suffix_id or 0]) for id in ids]
+        request = make_request(
+            stop=["".join(rng.choices("aab \né", k=rng.randrange(1, 4))) for _ in range(rng.randrange(3))],
+            stop_tokens=[ids[-1]] if rng.random() < 0.3 else [],
+            max_gen_len=rng.randrange(1, 14),
+            logprobs=rng.random() < 0.5,
+            echo=rng.random() < 0.5,
+        )
+        if request.scores_prompt:  # the engine's, of the prompt
+            request.scores += [TokenScore(-1.0), TokenScore(-2.0)]
+        deltas: list[Delta] = []
+        request.on_delta = deltas.append
+        for place, id in enumerate(ids):
+            request.append(id, TokenScore(-float(place)) if request.params.logprobs else None)
+            if request.finish_reason is not None:
+                break
+        else:
+            if rng.random() < 0.5:
+                request.finish("cancelled")
+            else:
+                request.fail(LookupError())
+        done = request.completion()
+        ends[done.finish_reason] += 1
+        assert "".join(delta.text for delta in deltas) == done.text
+        assert sum((delta.tokens for delta in deltas), ()) == done.tokens
+        assert sum((delta.scores for delta in deltas), ()) == done.scores
+        assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + [done.finish_reason]
+        assert len(done.scores) == len(done.tokens) * request.params.logprobs
+    assert min(ends.values()) > 100
+
+
+def test_special_pieces_are_tokens_and_no_text() -> None:
+    assert DEMO.suffix_id is not None
+    ids = [*words("def"), DEMO.suffix_id, *words("(")]
+    completion, _ = finish(make_request(max_gen_len=3), ids)
+    assert (completion.tokens, completion.text) == (tuple(ids), "def(")
+
+
+def test_a_receiver_that_raises_at_the_end_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def explode(delta: Delta) -> None:
+        raise LookupError("from the receiver")
+
+    request = make_request()
+    request.on_delta = explode
+    error = ValueError("what ended it")
+    request.fail(error)
+    request.fail(LookupError("a second end"))
+    assert (request.finish_reason, request.error) == ("error", error)
+    assert "the receiver of the end of the prompt raised" in caplog.text
 
 
 def test_cancelling_hands_out_what_was_held() -> None:

@@ -186,23 +186,24 @@ def test_cancel_twice_and_after_the_end() -> None:
     assert not machine.scheduler.busy
 
 
-def test_clear_forgets_everything() -> None:
+def test_a_failure_ends_and_forgets_everything() -> None:
     machine = Machine(rows=1)
-    machine.add(20)
-    machine.add(3)
+    requests = [machine.add(20), machine.add(3)]
     machine.step()
-    machine.scheduler.clear()
+    error = LookupError("of the model")
+    machine.scheduler.fail(error)
     assert not machine.scheduler.busy
     assert machine.scheduler.schedule() is None
+    assert [(request.finish_reason, request.error) for request in requests] == [("error", error)] * 2
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_cancel_what_was_cleared(place: int) -> None:
+def test_cancel_what_has_failed(place: int) -> None:
     """After a failure, a client that leaves does no further harm, whether its request had a row or waited for one."""
     machine = Machine(rows=1)
     requests = [machine.add(20), machine.add(3)]
     machine.step()
-    machine.scheduler.clear()
+    machine.scheduler.fail(LookupError("of the model"))
     machine.scheduler.cancel(requests[place])
     assert not machine.scheduler.busy
 

@@ -1,7 +1,7 @@
 """The step format of the 70B model: ids put together in the test from SentencePiece's, and golden ids.
 
-The tokenizer is the demo's with the piece <step> added. Every part is written as it stands, without SentencePiece's
-implicit space: the format has one space before "Source", and that is the one which the text itself has.
+The tokenizer is the demo's with the piece <step> added, or one whose pieces stand at Llama's ids. Every part is an
+ordinary text of its own, SentencePiece's implicit space included, as the reference encodes it.
 """
 
 import json
@@ -82,10 +82,10 @@ def test_ids(demo: Tokenizer, dialog: Dialog, messages: list[list[str]]) -> None
     expected = [BOS]
     for parts in messages:
         for part in parts:
-            expected += bpe.encode_without_space(RAW, part)
+            expected += RAW.encode(part)
         expected.append(STEP)
     for part in ANSWER:
-        expected += bpe.encode_without_space(RAW, part)
+        expected += RAW.encode(part)
     assert dialog_prompt_tokens(demo, dialog) == expected
 
 
@@ -94,13 +94,20 @@ def test_golden_ids(demo: Tokenizer, case: dict[str, Any]) -> None:
     assert dialog_prompt_tokens(demo, case["dialog"]) == case["ids"]
 
 
-@pytest.mark.parametrize(("dialog", "messages"), CASES)
-def test_the_text_has_one_space_before_each_source(demo: Tokenizer, dialog: Dialog, messages: list[list[str]]) -> None:
-    written = "".join("".join(parts) + "<step>" for parts in messages) + "".join(ANSWER)
-    text = demo.decode_infilling(dialog_prompt_tokens(demo, dialog))
-    assert text == written
-    assert text.count(" Source: ") == len(messages) + 1
-    assert "  Source: " not in text
+def test_ids_in_llamas_vocabulary(tmp_path: Path) -> None:
+    """The ids that the reference makes of the dialog [user: hi], in pieces that stand where Llama's do."""
+    pieces = {
+        13: "<0x0A>", 1404: "▁user", 1788: "▁system", 3381: "ination", 7251: "▁hi", 7562: "▁Source",
+        14994: "Dest", 20255: "▁assistant", 29871: "▁", 29901: ":", 32015: "<step>",
+    }  # fmt: skip
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(bpe.model_with_ids(pieces, 32016, user_defined=["<step>"]))
+    tokenizer = Tokenizer(path)
+    parts = [
+        [29871, 7562, 29901, 1788], [32015], [29871, 7562, 29901, 1404], [29871, 13, 13, 7251], [32015],
+        [29871, 7562, 29901, 20255, 13, 14994, 3381, 29901, 1404], [29871, 13, 13, 29871],
+    ]  # fmt: skip
+    assert dialog_prompt_tokens(tokenizer, [user("hi")]) == [1, *(id for part in parts for id in part)]
 
 
 def test_the_format_is_chosen_by_the_step_piece(demo: Tokenizer) -> None:

@@ -83,6 +83,34 @@ def with_pieces(model: bytes, pieces: Sequence[str], kind: int, score: float = -
     return model
 
 
+def model_with_ids(wanted: dict[int, str], size: int, user_defined: Collection[str] = ()) -> bytes:
+    """A SentencePiece-BPE model with byte fallback in which chosen pieces stand at chosen ids.
+
+    Each is reached by merging its characters from the left; the other ids hold those beginnings, and fillers that no
+    text contains. Ids 0 to 2 are unk, bos and eos, 3 to 258 the bytes, as in Llama's vocabulary.
+    """
+    taken = {0: "<unk>", 1: "<s>", 2: "</s>", **{3 + byte: f"<0x{byte:02X}>" for byte in range(256)}}
+    fixed = {id: piece for id, piece in wanted.items() if id not in taken}
+    assert all(taken[id] == piece for id, piece in wanted.items() if id in taken)
+    beginnings = {piece[:n] for piece in fixed.values() for n in range(1, len(piece)) if piece not in user_defined}
+    letters = {letter for piece in fixed.values() for letter in piece}
+    free = iter(id for id in range(259, size) if id not in fixed)
+    placed = {next(free): piece for piece in sorted((beginnings | letters) - set(fixed.values()))}
+    filled = {id: f"\ue000{id}" for id in free}
+    model = b""
+    for id, piece in sorted({**taken, **fixed, **placed, **filled}.items()):
+        kind = {0: 2, 1: 3, 2: 3}.get(id, 6 if id < 259 else USER_DEFINED if piece in user_defined else NORMAL)
+        spelled = piece.encode()
+        # The longer a beginning, the better its score: what is begun is finished first.
+        score = -1e6 if piece in filled.values() else -100.0 + len(piece)
+        entry = b"\x0a" + bytes([len(spelled)]) + spelled + b"\x15" + struct.pack("<f", score)
+        entry += b"\x18" + bytes([kind])
+        model += b"\x0a" + bytes([len(entry)]) + entry
+    trainer = b"\x18\x02" + b"\x98\x02\x01"  # model_type BPE, byte_fallback
+    normalizer = b"\x0a\x08identity" + b"\x20\x00"  # remove_extra_whitespaces false
+    return model + b"\x12" + bytes([len(trainer)]) + trainer + b"\x1a" + bytes([len(normalizer)]) + normalizer
+
+
 _FRAGMENTS = (
     "def f(x):\n", "    return x + 1\n", "for i in range(10):", "import numpy as np", "self.assertEqual(a, b)",
     "'''doc'''", "print(f\"{x!r:>10}\")", "#!/usr/bin/env python\r\n", "int main(void) {\r\n\treturn 0;\r\n}",

@@ -1,0 +1,105 @@
+"""What puts a generator together: open the checkpoint, agree, check the budget, load, and make cache and engine.
+
+Arguments in, a Generator's parts out, the same on all ranks. It knows nothing of calls, of texts, or of a server.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from codellama.cache import KVCache
+from codellama.checkpoint import load_model, open_checkpoint
+from codellama.config import RuntimeArgs
+from codellama.device import choose_device, choose_dtype, free_memory, use_device
+from codellama.generation.engine import Engine
+from codellama.generation.prompt import PromptMaker
+from codellama.generation.runner import Runner
+from codellama.generation.scheduler import Scheduler
+from codellama.memory import plan_budget
+from codellama.model import Transformer
+from codellama.parallel import Parallel, join
+from codellama.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+DEMO = Path(__file__).parent / "demo"
+"""The bundled demo checkpoint: a small model of our own training, not Meta's weights. See its MODEL_CARD.md."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a generator consists of on this rank; the fields are described where `codellama.Llama` has them."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    runtime: RuntimeArgs
+    parallel: Parallel
+    engine: Engine
+    prompts: PromptMaker
+
+
+def assemble(
+    ckpt_dir: str | Path | None,
+    tokenizer_path: str | Path | None,
+    runtime: RuntimeArgs,
+    model_parallel_size: int | None,
+    device: str | int | torch.device | None,
+    dtype: str | torch.dtype | None,
+    seed: int | None,
+    rope_theta: float | None,
+    progress: bool | None,
+) -> Parts:
+    """Load a checkpoint and make all that generates with it; the arguments are those of `Llama.build`.
+
+    Raises:
+        CheckpointError: the files are not what they should be.
+        ParallelSizeError: the model does not split over that many ranks.
+        MemoryBudgetError: weights, cache and workspace do not fit.
+        RankError: another rank is gone.
+    """
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    use_device(place)
+    parallel = join(model_parallel_size, place)
+    first = parallel.world_rank == 0
+    if ckpt_dir is None and first:
+        logger.info("no ckpt_dir given: using the bundled demo checkpoint, a small model that is not Meta's")
+    checkpoint = parallel.agree(
+        lambda: open_checkpoint(DEMO if ckpt_dir is None else ckpt_dir, tokenizer_path, rope_theta)
+    )
+
+    def check() -> str:
+        parallel.check_divides(checkpoint.args)
+        budget = plan_budget(checkpoint.args, runtime, parallel.size, kind.itemsize)
+        free = free_memory(place)
+        budget.check(free, runtime)
+        return budget.describe(free)
+
+    line = parallel.agree(check)
+    if first:
+        logger.info("%s, %s on %d rank(s); %s", str(kind).removeprefix("torch."), place, parallel.size, line)
+    show = first and sys.stderr.isatty() if progress is None else progress
+    model = parallel.agree(lambda: load_model(checkpoint, parallel, place, kind, show))
+    words = checkpoint.tokenizer()
+    return parallel.agree(lambda: equip(model, words, runtime, parallel, seed))
+
+
+def equip(
+    model: Transformer, tokenizer: Tokenizer, runtime: RuntimeArgs, parallel: Parallel, seed: int | None
+) -> Parts:
+    """Make cache, engine and prompt maker for a loaded model."""
+    weight = model.norm.weight
+    cache = KVCache.allocate(
+        model.args,
+        rows=runtime.max_batch_size,
+        max_seq_len=runtime.max_seq_len,
+        dtype=weight.dtype,
+        device=weight.device,
+        model_parallel_size=parallel.size,
+    )
+    engine = Engine(Runner(model, cache, weight.device), Scheduler(runtime), parallel)
+    prompts = PromptMaker(tokenizer, model.args.vocab_size, runtime.max_seq_len, seed)
+    return Parts(model, tokenizer, runtime, parallel, engine, prompts)
