@@ -308,7 +308,7 @@ def test_the_tokenizer(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no tokenizer\.model, and a tokenizer\.json alone is not enough"):
         open_checkpoint(folder)
     assert open_checkpoint(folder, tmp_path / "elsewhere.model").tokenizer().n_words == 320
-    with pytest.raises(CheckpointError, match="no tokenizer at .*nowhere"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer at .*nowhere"):
         open_checkpoint(folder, tmp_path / "nowhere")
     (tmp_path / "other.model").write_bytes(tiny.tokenizer_bytes(size=312))
     with pytest.raises(CheckpointError, match=r"tokenizer has 312 pieces.*has 320 rows"):
@@ -341,7 +341,7 @@ def test_a_format_that_is_unknown_or_not_there(folder: Path) -> None:
 
 
 def test_mutated_files_are_refused_or_read(tmp_path: Path) -> None:
-    """`python -m tests.fuzz_headers huggingface` runs many more."""
+    """`python -m tests.fuzz_headers --format huggingface` runs many more."""
     results = fuzz("huggingface", tmp_path, count=300)
     assert results.total() == 300
     assert results["read"] < 60
