@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, get_args
 
 from fire.parser import DefaultParseValue
@@ -74,7 +74,10 @@ class Flag:
         """
         if self.kind is str:
             return text
-        value = DefaultParseValue(text)
+        try:
+            value = DefaultParseValue(text)
+        except TypeError:  # a list as the key of a dict
+            value = text
         kinds = (int, float) if self.kind is float else (self.kind,)
         if type(value) in kinds or (self.takes_none and value is None):
             return value
@@ -92,9 +95,12 @@ def flags_of(function: Callable[..., Any], explanations: Mapping[str, Explanatio
     """
     flags = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        kinds = get_args(parameter.annotation) or (parameter.annotation,)
-        (kind,) = (kind for kind in kinds if kind is not NoneType)
-        assert kind in VALUES, f"{name} of {function.__name__} is {parameter.annotation}, which no flag can be"
+        annotation = parameter.annotation
+        kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+        kind = next(kind for kind in kinds if kind is not NoneType)
+        assert {*kinds} - {NoneType} == {kind} & VALUES.keys(), (
+            f"{name} of {function.__name__} is {annotation}, which no flag can be"
+        )
         assert name in explanations, f"the docstring of {function.__name__} does not explain {name}"
         is_word = parameter.kind is not parameter.KEYWORD_ONLY
         flags[name] = Flag(name, kind, parameter.default, NoneType in kinds, is_word, explanations[name])
