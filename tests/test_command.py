@@ -1,5 +1,6 @@
 """Programs made of functions: their pages, and the status they end with."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -197,9 +198,10 @@ def test_our_own_mistakes_keep_their_traceback() -> None:
 
 
 def process(body: str, **options: Any) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen(
         [sys.executable, "-c", f"from codellama import run_command\n{textwrap.dedent(body)}"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
     )  # fmt: skip
 
 
