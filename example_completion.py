@@ -1,19 +1,6 @@
-"""Complete code with a Code Llama model.
+"""Complete code with a Code Llama model: `python example_completion.py --help`."""
 
-    python example_completion.py
-    torchrun --nproc_per_node 2 example_completion.py --ckpt_dir CodeLlama-13b
-
-Without --ckpt_dir it uses the small demo checkpoint. --prompt_file FILE (or /dev/stdin) completes your own text.
-"""
-
-import logging
-import sys
-from pathlib import Path
-from typing import Any
-
-import fire
-
-from codellama import CodeLlamaError, Llama, SamplingParams
+import codellama
 
 PROMPTS = [
     "def is_even(n):\n    ",
@@ -23,7 +10,8 @@ PROMPTS = [
 ]
 
 
-def flags(
+def main(
+    *,
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     temperature: float = 0.2,
@@ -32,18 +20,28 @@ def flags(
     max_batch_size: int = 4,
     max_gen_len: int | None = None,
     prompt_file: str | None = None,
-) -> dict[str, Any]:
-    """Name the flags; they are checked before anything is loaded."""
-    return locals()
+) -> None:
+    """Complete pieces of code with a Code Llama model and print them.
 
+    Args:
+        ckpt_dir (FOLDER): the weights; without it, the small demo checkpoint.
+        tokenizer_path (FILE): without it, tokenizer.model beside the weights.
+        temperature: 0 always takes the most probable token; higher draws more freely.
+        top_p: draw from the most probable tokens that together have this probability.
+        max_seq_len: tokens of prompt and generation together.
+        max_batch_size: prompts that run at once; more wait.
+        max_gen_len: tokens to generate at most; without it, as many as max_seq_len leaves.
+        prompt_file (FILE): complete this text in place of the example's prompts; - is standard input.
 
-def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file: str | None, **build: Any) -> None:
-    """Complete the prompts and print them."""
-    SamplingParams(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)  # wrong values fail before loading
-    llama = Llama.build(**build)
-    prompts = PROMPTS
-    if prompt_file is not None:
-        prompts = llama.parallel.share(lambda: [Path(str(prompt_file)).read_bytes().decode()])
+    Examples:
+        python example_completion.py
+        python example_completion.py --ckpt_dir CodeLlama-7b --prompt_file unfinished.py
+        torchrun --nproc_per_node 2 example_completion.py --ckpt_dir CodeLlama-13b
+    """
+    # Wrong values and files are refused here; torch is loaded when Llama is used for the first time.
+    codellama.SamplingParams(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+    prompts = PROMPTS if prompt_file is None else [codellama.read_prompt(prompt_file)]
+    llama = codellama.Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
     results = llama.text_completion(prompts, temperature, top_p, max_gen_len)
     if llama.parallel.world_rank == 0:
         for prompt, result in zip(prompts, results, strict=True):
@@ -51,8 +49,4 @@ def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main(**fire.Fire(flags, serialize=lambda _: None))
-    except (CodeLlamaError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    codellama.run_command(main, "example_completion.py")

@@ -1,19 +1,6 @@
-"""Fill gaps in code with a Code Llama model.
+"""Fill gaps in code with a Code Llama model: `python example_infilling.py --help`."""
 
-    python example_infilling.py
-    torchrun --nproc_per_node 1 example_infilling.py --ckpt_dir CodeLlama-7b
-
-Without --ckpt_dir it uses the small demo checkpoint. --prompt_file FILE fills the <FILL> of your own text.
-"""
-
-import logging
-import sys
-from pathlib import Path
-from typing import Any
-
-import fire
-
-from codellama import CodeLlamaError, Llama, SamplingParams
+import codellama
 
 PROMPTS = [
     "def gcd(a, b):\n    while b:\n        <FILL>\n    return a\n",
@@ -22,7 +9,8 @@ PROMPTS = [
 ]
 
 
-def flags(
+def main(
+    *,
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     temperature: float = 0.0,
@@ -31,21 +19,29 @@ def flags(
     max_batch_size: int = 4,
     max_gen_len: int | None = 128,
     prompt_file: str | None = None,
-) -> dict[str, Any]:
-    """Name the flags; they are checked before anything is loaded."""
-    return locals()
+) -> None:
+    """Fill gaps in pieces of code with a Code Llama model and print them.
 
+    Args:
+        ckpt_dir (FOLDER): the weights; without it, the small demo checkpoint.
+        tokenizer_path (FILE): without it, tokenizer.model beside the weights.
+        temperature: 0 always takes the most probable token; higher draws more freely.
+        top_p: draw from the most probable tokens that together have this probability.
+        max_seq_len: tokens of prompt and generation together.
+        max_batch_size: prompts that run at once; more wait.
+        max_gen_len: tokens to generate at most.
+        prompt_file (FILE): fill the <FILL> of this text in place of the example's; - is standard input.
 
-def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file: str | None, **build: Any) -> None:
-    """Fill the gaps and print the texts."""
-    SamplingParams(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)  # wrong values fail before loading
-    llama = Llama.build(**build)
-    prompts = PROMPTS
-    if prompt_file is not None:
-        prompts = llama.parallel.share(lambda: [Path(str(prompt_file)).read_bytes().decode()])
-    if any(prompt.count("<FILL>") != 1 for prompt in prompts):
-        raise ValueError("exactly one <FILL> was expected in the text")
-    prefixes, _, suffixes = zip(*(prompt.partition("<FILL>") for prompt in prompts), strict=True)
+    Examples:
+        python example_infilling.py
+        python example_infilling.py --ckpt_dir CodeLlama-7b --prompt_file unfinished.py
+        torchrun --nproc_per_node 2 example_infilling.py --ckpt_dir CodeLlama-13b
+    """
+    # Wrong values and files are refused here; torch is loaded when Llama is used for the first time.
+    codellama.SamplingParams(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+    prompts = PROMPTS if prompt_file is None else [codellama.read_prompt(prompt_file)]
+    prefixes, suffixes = zip(*map(codellama.split_prompt, prompts), strict=True)
+    llama = codellama.Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
     results = llama.text_infilling(prefixes, suffixes, temperature, top_p, max_gen_len)
     if llama.parallel.world_rank == 0:
         for prefix, suffix, result in zip(prefixes, suffixes, results, strict=True):
@@ -53,8 +49,4 @@ def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main(**fire.Fire(flags, serialize=lambda _: None))
-    except (CodeLlamaError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    codellama.run_command(main, "example_infilling.py")

@@ -1,28 +1,16 @@
-"""Ask a Code Llama Instruct model.
+"""Ask a Code Llama Instruct model: `python example_instructions.py --help`."""
 
-    python example_instructions.py
-    torchrun --nproc_per_node 2 example_instructions.py --ckpt_dir CodeLlama-13b-Instruct
+import codellama
 
-Without --ckpt_dir it uses the small demo checkpoint. --prompt_file FILE (or /dev/stdin) asks your own question.
-"""
-
-import logging
-import sys
-from pathlib import Path
-from typing import Any
-
-import fire
-
-from codellama import CodeLlamaError, Dialog, Llama, SamplingParams
-
-DIALOGS: list[Dialog] = [
+DIALOGS: list[codellama.Dialog] = [
     [{"role": "user", "content": "Write a Python function that checks whether a number is prime."}],
     [{"role": "user", "content": "Can you write a function that counts the words in a text?"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Write code that reverses a string."}],
 ]
 
 
-def flags(
+def main(
+    *,
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     temperature: float = 0.2,
@@ -31,19 +19,30 @@ def flags(
     max_batch_size: int = 8,
     max_gen_len: int | None = None,
     prompt_file: str | None = None,
-) -> dict[str, Any]:
-    """Name the flags; they are checked before anything is loaded."""
-    return locals()
+) -> None:
+    """Ask a Code Llama Instruct model for code and print its answers.
 
+    Args:
+        ckpt_dir (FOLDER): the weights; without it, the small demo checkpoint.
+        tokenizer_path (FILE): without it, tokenizer.model beside the weights.
+        temperature: 0 always takes the most probable token; higher draws more freely.
+        top_p: draw from the most probable tokens that together have this probability.
+        max_seq_len: tokens of prompt and generation together.
+        max_batch_size: prompts that run at once; more wait.
+        max_gen_len: tokens to generate at most; without it, as many as max_seq_len leaves.
+        prompt_file (FILE): ask this question in place of the example's; - is standard input.
 
-def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file: str | None, **build: Any) -> None:
-    """Ask and print the answers."""
-    SamplingParams(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)  # wrong values fail before loading
-    llama = Llama.build(**build)
+    Examples:
+        python example_instructions.py
+        python example_instructions.py --ckpt_dir CodeLlama-7b-Instruct --prompt_file question.txt
+        torchrun --nproc_per_node 2 example_instructions.py --ckpt_dir CodeLlama-13b-Instruct
+    """
+    # Wrong values and files are refused here; torch is loaded when Llama is used for the first time.
+    codellama.SamplingParams(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
     dialogs = DIALOGS
     if prompt_file is not None:
-        question = llama.parallel.share(lambda: Path(str(prompt_file)).read_bytes().decode())
-        dialogs = [[{"role": "user", "content": question}]]
+        dialogs = [[{"role": "user", "content": codellama.read_prompt(prompt_file)}]]
+    llama = codellama.Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
     results = llama.chat_completion(dialogs, temperature, top_p, max_gen_len)
     if llama.parallel.world_rank == 0:
         for dialog, result in zip(dialogs, results, strict=True):
@@ -53,8 +52,4 @@ def main(temperature: float, top_p: float, max_gen_len: int | None, prompt_file:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main(**fire.Fire(flags, serialize=lambda _: None))
-    except (CodeLlamaError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    codellama.run_command(main, "example_instructions.py")

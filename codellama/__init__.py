@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from codellama.command import run_command
     from codellama.config import ModelArgs, RuntimeArgs, SamplingParams
     from codellama.errors import (
         CheckpointError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     )
     from codellama.llama import Llama
     from codellama.model import Transformer
+    from codellama.prompt_file import read_prompt, split_prompt
     from codellama.prompts import Dialog, Message, dialog_prompt_tokens, infilling_prompt_tokens
     from codellama.results import ChatPrediction, CompletionPrediction, InfillingPrediction
     from codellama.tokenizer import Tokenizer
@@ -48,13 +50,18 @@ __all__ = [
     "Transformer",
     "dialog_prompt_tokens",
     "infilling_prompt_tokens",
+    "read_prompt",
+    "run_command",
+    "split_prompt",
 ]
 
 _HOMES = {
+    "codellama.command": ("run_command",),
     "codellama.config": ("ModelArgs", "RuntimeArgs", "SamplingParams"),
     "codellama.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "codellama.llama": ("Llama",),
     "codellama.model": ("Transformer",),
+    "codellama.prompt_file": ("read_prompt", "split_prompt"),
     "codellama.prompts": ("Dialog", "Message", "dialog_prompt_tokens", "infilling_prompt_tokens"),
     "codellama.results": ("ChatPrediction", "CompletionPrediction", "InfillingPrediction"),
     "codellama.tokenizer": ("Tokenizer",),

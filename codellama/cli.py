@@ -1,36 +1,23 @@
 """The command `codellama`: complete, infill and chat in a terminal, alone or under torchrun.
 
-It reads files and standard input and prints; all else is the generator's. A command only describes its work:
-python-fire calls a function before it has looked at all flags, so nothing may load until the last one is understood.
+A command is a function in COMMANDS; its parameters are the flags, and its docstring is the help. It checks what can be
+checked without torch first. All that is done with a model is the generator's.
 """
 
-import logging
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import fire
-from fire.decorators import SetParseFns
-
-from codellama.config import SamplingParams
-from codellama.errors import CodeLlamaError, PromptError
+from codellama import __version__
+from codellama.command import run_command
+from codellama.config import RuntimeArgs, SamplingParams
+from codellama.errors import PromptError
+from codellama.prompt_file import read_prompt, split_prompt
 from codellama.prompts import TAGS
 
 if TYPE_CHECKING:
     from codellama.llama import Llama
     from codellama.prompts import Message
-
-MARKER = "<FILL>"
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a command will do once every flag is understood."""
-
-    run: tuple[Callable[..., None], Mapping[str, Any]]  # a tuple, since Fire would call a function
 
 
 def complete(
@@ -46,23 +33,31 @@ def complete(
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
-) -> Work:
-    """Continue a text, streaming it to the terminal.
+) -> None:
+    """Continue a text and print both as the continuation grows.
 
     Args:
-        file: what to continue; - is standard input.
-        prompt: the text itself, instead of a file.
-        ckpt_dir: folder of the weights; none is the bundled demo checkpoint.
-        tokenizer_path: none is tokenizer.model beside the weights.
-        temperature: 0 is greedy.
-        top_p: keep the most probable tokens that hold this share.
+        file: the text to continue; without it, or with -, standard input.
+        prompt (TEXT): the text itself, in place of FILE.
+        ckpt_dir (FOLDER): the weights; without it, the small demo checkpoint.
+        tokenizer_path (FILE): without it, tokenizer.model beside the weights.
+        temperature: 0 always takes the most probable token; higher draws more freely.
+        top_p: draw from the most probable tokens that together have this probability.
         max_seq_len: tokens of prompt and generation together.
-        max_gen_len: tokens to generate at most.
-        seed: makes the sample repeat.
-        device: cpu, cuda or cuda:N.
-        dtype: bfloat16, float16 or float32.
+        max_gen_len: tokens to generate at most; without it, as many as max_seq_len leaves.
+        seed: makes the result repeat; without it, each run draws anew.
+        device (NAME): cpu, cuda or cuda:N; without it, the GPU where there is one.
+        dtype (NAME): bfloat16, float16 or float32; without it, what the device computes best.
+
+    Examples:
+        codellama complete unfinished.py --ckpt_dir CodeLlama-7b
+        codellama complete --prompt "def fibonacci(n):" --max_gen_len 64
+        codellama complete - --temperature 0 < unfinished.py
     """
-    return Work((_complete, locals()))
+    _check(temperature, top_p, max_gen_len, seed, max_seq_len)
+    text = _read(file, prompt)
+    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype)
+    _show(llama, llama.stream_completion(text, temperature, top_p, max_gen_len), before=text)
 
 
 def infill(
@@ -79,13 +74,23 @@ def infill(
     device: str | None = None,
     dtype: str | None = None,
     suffix_first: bool = False,
-) -> Work:
-    """Fill the gap marked <FILL> in a text and print the whole, streaming. The flags are those of `complete`.
+) -> None:
+    """Fill the gap marked <FILL> in a text and print the whole.
 
     Args:
-        suffix_first: show the model the text after the gap first.
+        file: the text with the gap; without it, or with -, standard input.
+        max_gen_len: tokens to generate at most.
+        suffix_first: show the model what stands after the gap first.
+
+    Examples:
+        codellama infill unfinished.py --ckpt_dir CodeLlama-7b
+        codellama infill --prompt "def add(a, b): return <FILL>" --suffix_first
     """
-    return Work((_infill, locals()))
+    _check(temperature, top_p, max_gen_len, seed, max_seq_len)
+    prefix, suffix = split_prompt(_read(file, prompt))
+    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype)
+    pieces = llama.stream_infilling(prefix, suffix, temperature, top_p, max_gen_len, suffix_first)
+    _show(llama, pieces, before=prefix, after=suffix)
 
 
 def chat(
@@ -102,69 +107,27 @@ def chat(
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
-) -> Work:
-    """Ask an Instruct model: one question from a file, a flag or standard input, or a chat in the terminal.
+) -> None:
+    """Ask an Instruct model one question, or talk with it until Ctrl-D.
 
-    The flags are those of `complete`.
+    A question from a file, a flag or a pipe is answered once. In a terminal, without any of them, the dialog goes on,
+    and each question is asked with all that was said before.
 
     Args:
-        system: a system message.
+        file: the question; - is standard input.
+        prompt (TEXT): the question itself, in place of FILE.
+        system (TEXT): how to answer, in a system message before the first question.
+
+    Examples:
+        codellama chat --ckpt_dir CodeLlama-7b-Instruct
+        codellama chat --prompt "How do I sort a dict by value?" --system "Be brief."
+        torchrun --nproc_per_node 2 -m codellama chat --ckpt_dir CodeLlama-13b-Instruct
     """
-    return Work((_chat, locals()))
-
-
-_TEXT = ("file", "prompt", "ckpt_dir", "tokenizer_path", "device", "dtype")
-COMMANDS = {
-    "complete": SetParseFns(**dict.fromkeys(_TEXT, str))(complete),
-    "infill": SetParseFns(**dict.fromkeys(_TEXT, str))(infill),
-    "chat": SetParseFns(**dict.fromkeys((*_TEXT, "system"), str))(chat),
-}
-
-
-def main() -> None:
-    """Understand every flag, then work; an error of ours is one line and exit status 1."""
-    args = sys.argv[1:] or ["--help"]
-    if "--" not in args:
-        args += ["--", "--separator", "\0"]  # else Fire takes a lone - for itself, and it means standard input
-    work = fire.Fire(COMMANDS, args, name="codellama", serialize=lambda _: None)
-    if not isinstance(work, Work):
-        return  # help was asked for
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run, flags = work.run
-    try:
-        SamplingParams(**{name: flags[name] for name in ("temperature", "top_p", "max_gen_len", "seed")})
-        run(**flags)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
-        sys.exit(1)
-    except (CodeLlamaError, ValueError, TypeError, OSError) as error:
-        sys.exit(f"codellama: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _complete(file: str | None, prompt: str | None, temperature: float, top_p: float, **flags: Any) -> None:
-    text = _read(file, prompt)
-    llama, max_gen_len = _build(flags)
-    _show(llama, llama.stream_completion(text, temperature, top_p, max_gen_len), before=text)
-
-
-def _infill(
-    file: str | None, prompt: str | None, temperature: float, top_p: float, suffix_first: bool, **flags: Any
-) -> None:
-    prefix, suffix = _split(_read(file, prompt))
-    llama, max_gen_len = _build(flags)
-    pieces = llama.stream_infilling(prefix, suffix, temperature, top_p, max_gen_len, suffix_first)
-    _show(llama, pieces, before=prefix, after=suffix)
-
-
-def _chat(
-    file: str | None, prompt: str | None, system: str | None, temperature: float, top_p: float, **flags: Any
-) -> None:
-    dialog: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    _check(temperature, top_p, max_gen_len, seed, max_seq_len)
     once = file is not None or prompt is not None or not sys.stdin.isatty()
     question = _read(file, prompt) if once else ""
-    llama, max_gen_len = _build(flags)
+    dialog: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype)
     while True:
         try:
             question = question if once else llama.parallel.share(_ask)
@@ -186,11 +149,39 @@ def _chat(
             dialog = [*turn, {"role": "assistant", "content": answer}]
 
 
-def _build(flags: dict[str, Any]) -> tuple["Llama", int | None]:
-    from codellama.llama import Llama  # late: --help and a misspelled flag need no torch
+COMMANDS = {"complete": complete, "infill": infill, "chat": chat}
 
-    max_gen_len = flags.pop("max_gen_len")
-    return Llama.build(**flags, max_batch_size=1), max_gen_len
+
+def main() -> None:
+    """Run the command that the command line names."""
+    about = "Complete, infill and chat with Code Llama models; text appears as it is generated."
+    run_command(COMMANDS, "codellama", about=about, version=__version__)
+
+
+def _check(temperature: float, top_p: float, max_gen_len: int | None, seed: int | None, max_seq_len: int) -> None:
+    """Refuse wrong values before anything is read or loaded."""
+    SamplingParams(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, seed=seed)
+    RuntimeArgs(max_seq_len=max_seq_len)
+
+
+def _build(
+    ckpt_dir: str | None,
+    tokenizer_path: str | None,
+    max_seq_len: int,
+    seed: int | None,
+    device: str | None,
+    dtype: str | None,
+) -> "Llama":
+    from codellama.llama import Llama  # late: help and a misspelled flag need no torch
+
+    return Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, seed=seed, device=device, dtype=dtype)
+
+
+def _read(file: str | None, prompt: str | None) -> str:
+    """Take the text from the flag, the file or standard input."""
+    if file is not None and prompt is not None:
+        raise PromptError("both a file and --prompt are given; one was expected")
+    return prompt if prompt is not None else read_prompt(file if file is not None else "-")
 
 
 def _ask() -> str:
@@ -211,32 +202,3 @@ def _show(llama: "Llama", pieces: Iterator[str], before: str = "", after: str = 
     if llama.parallel.world_rank == 0:
         print(after, end="" if after.endswith("\n") else "\n", flush=True)
     return "".join(generated)
-
-
-def _read(file: str | None, prompt: str | None) -> str:
-    """Take the text from the flag, the file, or standard input; under torchrun, on rank 0 alone."""
-    if file is not None and prompt is not None:
-        raise PromptError("both a file and --prompt are given; one was expected")
-    if os.environ.get("RANK", "0") != "0":
-        return ""  # world rank 0's text is the one that counts
-    if prompt is not None:
-        return prompt
-    if file is not None and file != "-":
-        content = Path(file).read_bytes()  # text mode would turn \r\n into \n
-    else:
-        if sys.stdin.isatty():
-            print("reading standard input; end it with Ctrl-D", file=sys.stderr)
-        content = sys.stdin.buffer.read()
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{file or 'standard input'} is not UTF-8 text ({error.reason} at {error.start})") from error
-
-
-def _split(text: str) -> tuple[str, str]:
-    parts = text.split(MARKER)
-    if os.environ.get("RANK", "0") != "0":
-        return "", ""
-    if len(parts) != 2:
-        raise PromptError(f"the text holds {len(parts) - 1} {MARKER} markers; exactly one was expected")
-    return parts[0], parts[1]

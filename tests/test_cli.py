@@ -1,13 +1,19 @@
 """The command: streams, files, standard input, and flags that fail before anything loads."""
 
+import inspect
 import io
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import codellama
 from codellama import cli
 from codellama.llama import Llama
+from tests.support.pages import check_looks, check_page, examples_of
+from tests.test_docs import check
 
 FLAGS = ("--dtype", "float32", "--temperature", "0", "--max_gen_len", "6")
 
@@ -105,22 +111,176 @@ def test_chat_in_a_terminal_keeps_the_dialog(
     assert capsys.readouterr().out == f"{dialog[1]['content']}\n{dialog[3]['content']}\n"
 
 
-@pytest.mark.parametrize("command", ["complete", "infill", "chat"])
-def test_a_misspelled_flag_fails_before_anything_loads(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    monkeypatch.setattr(Llama, "build", lambda **_: pytest.fail("something was loaded"))
+COMMANDS = pytest.mark.parametrize("command", cli.COMMANDS)
+FLAG_NAMES = [
+    (command, name)
+    for command, function in cli.COMMANDS.items()
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+]
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Run a command line that must fail with status 2 before anything loads, and return what it says."""
+    monkeypatch.setattr(Llama, "build", lambda *_, **__: pytest.fail("something was loaded"))
     with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, command, "--prompt", "x <FILL>", "--tempratur", "1")
+        run(monkeypatch, *args)
     assert caught.value.code == 2
-    assert "--tempratur" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
+
+
+@pytest.mark.parametrize(("command", "name"), FLAG_NAMES)
+def test_a_misspelled_flag_is_named_with_the_one_meant(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, name: str
+) -> None:
+    wrong = f"--{name[:-2]}{name[-1]}"
+    said = refused(monkeypatch, capsys, command, "--prompt", "x <FILL>", wrong, "1")
+    first = f"{wrong} is no flag of codellama {command}; did you mean --{name}?"
+    assert said == f"{first}\nSee codellama {command} --help.\n"
+
+
+@COMMANDS
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_seq_len"], "--max_seq_len needs a value"),
+        (["--prompt", "--seed", "1"], "--prompt needs a value, but --seed follows"),
+        (["--max_seq_len", "abc"], "--max_seq_len is 'abc'; an integer was expected"),
+        (["--temperature", "warm"], "--temperature is 'warm'; a number was expected"),
+        (["--seed", "x"], "--seed is 'x'; an integer or None was expected"),
+        (["--seed", "1", "--seed", "1"], "--seed is given twice"),
+        (["a.py", "b.py"], "'b.py' is a word too many"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, words: list[str], message: str
+) -> None:
+    assert refused(monkeypatch, capsys, command, *words).startswith(message)
+
+
+def test_a_switch_takes_no_value(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--suffix_first", "True"], ["--no-suffix_first=True"]):
+        assert "is a switch, which takes no value" in refused(monkeypatch, capsys, "infill", *words)
+
+
+def test_a_misspelled_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "complet is no command of codellama; did you mean complete?" in refused(monkeypatch, capsys, "complet")
+
+
+@pytest.mark.parametrize("flags", [(), ("--suffix_first",), ("--no-suffix_first",), ("--suffix_first=False",)])
+def test_the_switch_of_infill(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    checkpoint: tuple[str, str],
+    llama: Llama,
+    flags: tuple[str, ...],
+) -> None:
+    run(monkeypatch, "infill", *flags, "--prompt", "def f(x):<FILL>return y", *checkpoint, *FLAGS)
+    first = flags == ("--suffix_first",)
+    kinds = [
+        llama.text_infilling(["def f(x):"], ["return y"], 0, 0.9, 6, suffix_first=suffix_first)[0]["full_text"]
+        for suffix_first in (False, True)
+    ]
+    assert kinds[0] != kinds[1]
+    assert capsys.readouterr().out == f"{kinds[first]}\n"
+
+
+def test_dashes_may_stand_for_underscores(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_folder: Path, llama: Llama
+) -> None:
+    run(monkeypatch, "complete", "--prompt=123", f"--ckpt-dir={tiny_folder}", *FLAGS[:-2], "--max-gen-len", "6")
+    (expected,) = llama.text_completion(["123"], temperature=0, max_gen_len=6)
+    assert capsys.readouterr().out == f"123{expected['generation']}\n"
+
+
+@COMMANDS
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_the_help_of_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, flag: str
+) -> None:
+    run(monkeypatch, command, flag)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    check_page(printed.out, cli.COMMANDS[command])
+    assert f"Usage: codellama {command} [FILE] [flags]" in printed.out
+    examples = examples_of(printed.out)
+    assert all(f"codellama {command} " in example for example in examples)
+    check("\n".join(examples))
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("-h",), ("help",)])
+def test_the_help_of_the_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    run(monkeypatch, *words)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    check_looks(printed.out)
+    for command, function in cli.COMMANDS.items():
+        summary = inspect.getdoc(function).partition("\n")[0].rstrip(".")
+        assert re.search(rf"^  {command} +{re.escape(summary)}$", printed.out, re.MULTILINE), command
+    assert len(examples_of(printed.out)) == len(cli.COMMANDS)
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "--version")
+    assert capsys.readouterr().out == f"codellama {codellama.__version__}\n"
 
 
 def test_wrong_values_fail_before_anything_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Llama, "build", lambda **_: pytest.fail("something was loaded"))
-    for flags, message in ((("--temperature", "-1"), "temperature is -1"), (("--seed", "x"), "seed is 'x'")):
+    monkeypatch.setattr(Llama, "build", lambda *_, **__: pytest.fail("something was loaded"))
+    for flags, message in (
+        (("--temperature", "-1"), "temperature is -1"),
+        (("--top_p=1.5",), "top_p is 1.5"),
+        (("--max_seq_len", "0"), "max_seq_len is 0"),
+    ):
         with pytest.raises(SystemExit, match=f"codellama: {message}"):
             run(monkeypatch, "complete", "--prompt", "x", *flags)
+
+
+PROGRAM = """
+import contextlib, io, runpy, shlex, sys
+for line in sys.stdin.read().splitlines():
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code, sys.argv = 0, shlex.split(line)
+        try:
+            if sys.argv[0] == "codellama":
+                from codellama.cli import main
+                main()
+            else:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    heavy = {"torch", "fairscale", "transformers"} & sys.modules.keys()
+    print(*[code, bool(said.getvalue()), *sorted(heavy)])
+"""
+
+
+def test_help_and_refusals_load_no_torch() -> None:
+    lines = ["codellama", "codellama --version", "codellama --help", "codellama complet"]
+    ends = ["0", "0", "0", "2"]
+    examples = [f"example_{name}.py" for name in ("completion", "infilling", "instructions")]
+    for program in [*(f"codellama {command}" for command in cli.COMMANDS), *examples]:
+        lines += [f"{program} --help", f"{program} --tempratur 1", f"{program} --max_seq_len abc", f"{program} --seed"]
+        ends += ["0", "2", "2", "2"]
+    lines += [f"{example} --prompt_file nowhere" for example in examples]
+    lines += ["codellama complete nowhere", "codellama infill --prompt x", "codellama chat --prompt x --top_p 2"]
+    ends += [f"{example}: nowhere cannot be read: No such file or directory" for example in examples]
+    ends += [
+        "codellama: nowhere cannot be read: No such file or directory",
+        "codellama: the text holds 0 <FILL> markers; exactly one was expected",
+        "codellama: top_p is 2; a finite number in [0, 1] was expected",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], input="\n".join(lines), cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stderr == ""
+    spoken = [f"{end} {end in ('0', '2')}" for end in ends]  # what ends with a message prints it only at the very end
+    assert dict(zip(lines, done.stdout.splitlines(), strict=True)) == dict(zip(lines, spoken, strict=True))
 
 
 def test_a_refused_turn_does_not_end_the_chat(
@@ -133,13 +293,6 @@ def test_a_refused_turn_does_not_end_the_chat(
     printed = capsys.readouterr()
     assert "contains [INST]" in printed.err
     assert printed.out.count("\n") >= 1
-
-
-def test_no_command_prints_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch)
-    assert caught.value.code == 0
-    assert "infill" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

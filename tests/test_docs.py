@@ -6,7 +6,7 @@ import re
 import runpy
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed.run import get_args_parser
 from codellama import ModelArgs, ParallelSizeError, RuntimeArgs, SamplingParams, cli
 from codellama.checkpoint.huggingface import NAMES
 from codellama.checkpoint.layout import SHARD_DIM
+from codellama.flags import Explanation, UsageError, flags_of, parse
 from codellama.memory import plan_budget
 from codellama.parallel import Parallel
 
@@ -100,15 +101,21 @@ def check_make(rest: list[str]) -> None:
 
 def check_codellama(rest: list[str]) -> None:
     assert rest[0] in cli.COMMANDS, f"codellama has no command {rest[0]}"
-    parameters = inspect.signature(cli.COMMANDS[rest[0]]).parameters
-    check_flags(rest[1:], set(parameters), positional=1)
+    check_words(cli.COMMANDS[rest[0]], rest[1:])
+
+
+def check_words(function: Callable[..., None], words: list[str]) -> None:
+    """Understand the flags as the program itself does."""
+    if "--help" not in words:
+        explanations = dict.fromkeys(inspect.signature(function).parameters, Explanation("", ""))
+        parse(flags_of(function, explanations), words, function.__name__)
 
 
 def check_python(rest: list[str]) -> None:
     if rest[0] != "-m":
         assert re.fullmatch(r"example_\w+\.py", rest[0]), f"{rest[0]} is no example"
         assert (ROOT / rest[0]).is_file(), f"there is no {rest[0]}"
-        check_flags(rest[1:], set(inspect.signature(runpy.run_path(str(ROOT / rest[0]))["flags"]).parameters))
+        check_words(runpy.run_path(str(ROOT / rest[0]))["main"], rest[1:])
     elif rest[1] == "codellama":
         check_codellama(rest[2:])
     elif rest[1] == "pytest":
@@ -140,8 +147,8 @@ def check_pytest(rest: list[str]) -> None:
                 assert f"def {test}(" in (ROOT / path).read_text(), f"there is no {word}"
 
 
-def check_flags(words: list[str], known: set[str], positional: int = 0) -> None:
-    """Walk through `--name value` and `--name=value`; other words count as positional."""
+def check_flags(words: list[str], known: set[str]) -> None:
+    """Walk through `--name value` and `--name=value`; there are no other words."""
     expecting = False
     for word in words:
         if word.startswith("--"):
@@ -151,8 +158,7 @@ def check_flags(words: list[str], known: set[str], positional: int = 0) -> None:
         elif expecting:
             expecting = False
         else:
-            positional -= 1
-    assert positional >= 0, f"too many words: {words}"
+            raise AssertionError(f"a word too many: {word}")
 
 
 def section(page: Path, first_cell: str) -> list[list[str]]:
@@ -207,6 +213,8 @@ def test_commands_name_what_exists(path: Path) -> None:
         "codellama serve",
         "codellama complete --prompts x",
         "codellama complete a.py b.py",
+        "codellama complete --max_seq_len many",
+        "codellama complete --prompt",
         "python -m codellama infill --suffix_last",
         "python -m benchmarks.decoding",
         "python -m benchmarks.prefill --dtype float32",
@@ -219,7 +227,7 @@ def test_commands_name_what_exists(path: Path) -> None:
     ],
 )
 def test_a_wrong_command_is_found(command: str) -> None:
-    with pytest.raises((AssertionError, SystemExit)):
+    with pytest.raises((AssertionError, SystemExit, UsageError)):
         check(command)
 
 
