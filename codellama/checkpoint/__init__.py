@@ -10,7 +10,8 @@ from torch import nn
 from tqdm import tqdm
 
 from codellama.checkpoint.layout import Checkpoint, rank_span, tensor_shapes
-from codellama.checkpoint.meta import MetaCheckpoint, write_meta
+from codellama.checkpoint.meta import MetaCheckpoint
+from codellama.checkpoint.meta_writer import write_meta
 from codellama.errors import CheckpointError
 from codellama.model import Transformer
 from codellama.parallel import Parallel

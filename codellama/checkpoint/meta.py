@@ -3,12 +3,10 @@
 It knows nothing of how many ranks run now: `read` gives any part of a full tensor, whatever the files.
 """
 
-import hashlib
 import json
 import pickle
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import ClassVar
 
@@ -117,36 +115,6 @@ class MetaCheckpoint:
                     f"is this the tokenizer.model that came with these weights?"
                 )
             raise CheckpointError(f"{path}, one of {count} files: {_some(wrong)}{hint}")
-
-
-def write_meta(
-    folder: Path, args: ModelArgs, tensors: Iterable[tuple[str, Tensor]], n_shards: int, tokenizer: bytes
-) -> None:
-    """Write full tensors as a folder in Meta's layout, with a checklist.chk of md5 sums.
-
-    Args:
-        folder: made if it does not exist.
-        args: the architecture, as it goes to params.json.
-        tensors: (canonical name, full tensor).
-        n_shards: number of consolidated files; must divide every split axis.
-        tokenizer: content of tokenizer.model.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{} for _ in range(n_shards)]
-    for name, tensor in tensors:
-        axis = shard_dim(name)
-        parts = [tensor] * n_shards if axis is None else tensor.chunk(n_shards, dim=axis)
-        assert len(parts) == n_shards, f"{name} {tuple(tensor.shape)} over {n_shards} files"
-        for shard, part in zip(shards, parts, strict=True):
-            shard[name] = part.clone()  # a view would save the whole storage
-    for index, shard in enumerate(shards):
-        torch.save(shard, folder / f"consolidated.{index:02d}.pth")
-    params = {key: value for key, value in asdict(args).items() if value is not None}
-    (folder / "params.json").write_text(json.dumps(params) + "\n")
-    (folder / "tokenizer.model").write_bytes(tokenizer)
-    names = ["params.json", "tokenizer.model", *(f"consolidated.{index:02d}.pth" for index in range(n_shards))]
-    lines = [f"{hashlib.md5((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
-    (folder / "checklist.chk").write_text("".join(lines))
 
 
 def find_shards(folder: Path) -> list[Path]:
