@@ -3,12 +3,15 @@
 This is the only place that shards weights.
 """
 
+import logging
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from codellama.checkpoint.huggingface import HuggingFaceCheckpoint
+from codellama.checkpoint.huggingface_writer import write_huggingface
 from codellama.checkpoint.layout import Checkpoint, rank_span, tensor_shapes
 from codellama.checkpoint.meta import MetaCheckpoint
 from codellama.checkpoint.meta_writer import write_meta
@@ -16,24 +19,31 @@ from codellama.errors import CheckpointError
 from codellama.model import Transformer
 from codellama.parallel import Parallel
 
-__all__ = ["Checkpoint", "load_model", "open_checkpoint", "tensor_shapes", "write_meta"]
+__all__ = ["Checkpoint", "load_model", "open_checkpoint", "tensor_shapes", "write_huggingface", "write_meta"]
 
+logger = logging.getLogger(__name__)
 
-FORMATS: tuple[type[Checkpoint], ...] = (MetaCheckpoint,)
+FORMATS: tuple[type[Checkpoint], ...] = (MetaCheckpoint, HuggingFaceCheckpoint)
 """Every weight format, in the order in which a folder that holds several of them is read."""
 
 
 def open_checkpoint(
-    ckpt_dir: str | Path, tokenizer_path: str | Path | None = None, rope_theta: float | None = None
+    ckpt_dir: str | Path,
+    tokenizer_path: str | Path | None = None,
+    rope_theta: float | None = None,
+    *,
+    checkpoint_format: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint and check names and shapes of all tensors; no weights are read yet.
 
-    The format is found from content: each class in FORMATS looks whether the path holds its own.
+    The format is found from content: each class in FORMATS looks whether the path holds its own. Where several do, the
+    first one is taken, and a warning says so.
 
     Args:
         ckpt_dir: the folder, or the file where the format is one file.
         tokenizer_path: None means the one beside the weights, or inside them.
         rope_theta: base of the rotary frequencies, where the weights' own description has none.
+        checkpoint_format: the name of one of FORMATS; None finds it.
 
     Raises:
         CheckpointError: naming the file, what was found and what was expected.
@@ -41,10 +51,8 @@ def open_checkpoint(
     path = Path(ckpt_dir)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    found = [kind for kind in FORMATS if kind.probe(path)]
-    if not found:
-        raise CheckpointError(f"{path} holds no weights in a format that this package reads: {_expected()}")
-    checkpoint = found[0](path, None if tokenizer_path is None else Path(tokenizer_path), rope_theta)
+    kind = _choose_format(path, checkpoint_format)
+    checkpoint = kind(path, None if tokenizer_path is None else Path(tokenizer_path), rope_theta)
     words, rows = checkpoint.tokenizer().n_words, checkpoint.args.vocab_size
     if words != rows:
         raise CheckpointError(
@@ -54,8 +62,27 @@ def open_checkpoint(
     return checkpoint
 
 
-def _expected() -> str:
-    return "; ".join(kind.looks_like for kind in FORMATS)
+def _choose_format(path: Path, name: str | None) -> type[Checkpoint]:
+    known = [kind.format_name for kind in FORMATS]
+    if name is not None and name not in known:
+        raise CheckpointError(f"checkpoint_format is {name!r}; known are {', '.join(known)}")
+    found = [kind for kind in FORMATS if kind.probe(path)]
+    if not found:
+        expected = "; ".join(kind.looks_like for kind in FORMATS)
+        raise CheckpointError(f"{path} holds no weights in a format that this package reads: {expected}")
+    if name is None:
+        if len(found) > 1:
+            others = ", ".join(kind.format_name for kind in found[1:])
+            logger.warning(
+                f"{path} holds weights in {len(found)} formats: {found[0].format_name} is read; "
+                f"pass checkpoint_format to choose another one ({others})"
+            )
+        return found[0]
+    chosen = [kind for kind in found if kind.format_name == name]
+    if not chosen:
+        looks = FORMATS[known.index(name)].looks_like
+        raise CheckpointError(f"{path} holds no weights in the format {name}, but {found[0].format_name}: {looks}")
+    return chosen[0]
 
 
 def load_model(

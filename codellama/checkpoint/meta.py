@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from codellama.checkpoint.faults import read_json, refuse_page, some, vocabulary_hint
 from codellama.checkpoint.layout import shard_dim, tensor_shapes
 from codellama.config import ModelArgs
 from codellama.errors import CheckpointError
@@ -88,10 +89,10 @@ class MetaCheckpoint:
     def _check(self, path: Path, shard: dict[str, Tensor]) -> None:
         missing = [name for name in self._shapes if name not in shard]
         if missing:
-            raise CheckpointError(f"{path} lacks {_some(missing)}; params.json asks for {len(self._shapes)} tensors")
+            raise CheckpointError(f"{path} lacks {some(missing)}; params.json asks for {len(self._shapes)} tensors")
         extra = [name for name in shard if name not in self._shapes and name not in IGNORED]
         if extra:
-            raise CheckpointError(f"{path} holds {_some(extra)}, which params.json has no place for")
+            raise CheckpointError(f"{path} holds {some(extra)}, which params.json has no place for")
         count = len(self._paths)
         wrong, factors = [], set()
         for name, full in self._shapes.items():
@@ -106,15 +107,11 @@ class MetaCheckpoint:
             if axis is not None and found[axis : axis + 1] and full[axis] % found[axis] == 0:
                 factors.add(full[axis] // found[axis])
         if wrong:
-            hint = ""
             if len(factors) == 1 and count not in factors:
                 hint = f". Such shapes belong to a checkpoint of {factors.pop()} files: are some missing here?"
-            elif any(name.startswith(("tok_embeddings", "output")) for name in wrong):
-                hint = (
-                    f". The vocabulary has {self.args.vocab_size} pieces (tokenizer: {self._tokenizer.n_words}): "
-                    f"is this the tokenizer.model that came with these weights?"
-                )
-            raise CheckpointError(f"{path}, one of {count} files: {_some(wrong)}{hint}")
+            else:
+                hint = vocabulary_hint(wrong, self.args, self._tokenizer.n_words)
+            raise CheckpointError(f"{path}, one of {count} files: {some(wrong)}{hint}")
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -132,7 +129,7 @@ def find_shards(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} holds no consolidated.00.pth: it is not a checkpoint in Meta's layout")
     absent = [f"consolidated.{i:02d}.pth" for i in range(max(numbered) + 1) if i not in numbered]
     if absent:
-        raise CheckpointError(f"{folder} lacks {_some(absent)}: download what is missing (see download.sh)")
+        raise CheckpointError(f"{folder} lacks {some(absent)}: download what is missing (see download.sh)")
     return [numbered[index] for index in sorted(numbered)]
 
 
@@ -140,21 +137,14 @@ def _read_params(folder: Path) -> dict[str, object]:
     path = folder / "params.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks params.json")
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{path} holds a {type(params).__name__}; a JSON object was expected")
-    return params
+    return read_json(path)
 
 
 def _open_shard(path: Path) -> dict[str, Tensor]:
     """Map one file. Only tensors are unpickled: a file that wants to run code is refused."""
     with path.open("rb") as file:
         head = file.read(512)
-    if head.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{path} is an HTML page, not weights: the download saved a login or error page")
+    refuse_page(path, head)
     if not head.startswith(b"PK"):
         raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is not a PyTorch zip file; it begins {head[:8]!r}")
     try:
@@ -190,9 +180,3 @@ def _overlapping(parts: list[Tensor], dim: int, start: int, stop: int) -> list[T
             cut.append(part.narrow(dim, low - offset, high - low))
         offset += extent
     return cut
-
-
-def _some(names: list[str]) -> str:
-    """Name a few, count the rest: hundreds of lines help nobody."""
-    shown = "; ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown}; and {len(names) - 3} more"

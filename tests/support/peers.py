@@ -6,8 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from codellama.config import ModelArgs
 
 
-def transformers_model(args: ModelArgs, weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:
-    """Their model with our weights."""
+def transformers_model(args: ModelArgs, weights: dict[str, torch.Tensor], tied: bool = False) -> LlamaForCausalLM:
+    """Their model with our weights; tied shares the embedding's with the output."""
     config = LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,
@@ -17,7 +17,7 @@ def transformers_model(args: ModelArgs, weights: dict[str, torch.Tensor]) -> Lla
         num_key_value_heads=args.n_kv_heads,
         rms_norm_eps=args.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config).eval()
     model.load_state_dict(to_transformers(args, weights), strict=True)

@@ -8,7 +8,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from codellama.checkpoint import tensor_shapes, write_meta
+from codellama.checkpoint import tensor_shapes, write_huggingface, write_meta
 from codellama.checkpoint.layout import shard_dim
 from codellama.config import ModelArgs
 from codellama.model import Transformer
@@ -88,4 +88,14 @@ def tiny_checkpoint(
     weights = random_weights(args, seed, dtype)
     tensors = ((name, [tensor]) for name, tensor in weights.items())
     write_meta(folder, args, tensors, n_shards, tokenizer_bytes(pieces, args.vocab_size))
+    return folder
+
+
+def tiny_huggingface(
+    folder: Path, args: ModelArgs = ARGS, seed: int = 0, dtype: torch.dtype = torch.float32, max_file_bytes: float = 5e9
+) -> Path:
+    """Write a folder in Hugging Face's layout, in this dtype."""
+    weights = random_weights(args, seed, dtype)
+    tokenizer = tokenizer_bytes(size=args.vocab_size)
+    write_huggingface(folder, args, weights.items(), tokenizer, dtype, max_file_bytes)
     return folder
