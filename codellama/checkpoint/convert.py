@@ -4,6 +4,7 @@ Tensors pass through memory one after another, in pieces of rows. It knows nothi
 """
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Never
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codellama.checkpoint import open_checkpoint
+from codellama.checkpoint.huggingface_writer import write_huggingface
 from codellama.checkpoint.layout import Checkpoint, shard_dim
 from codellama.checkpoint.meta_writer import check_shards, write_meta
 from codellama.checkpoint.staging import staged_folder
@@ -21,7 +23,7 @@ from codellama.errors import CheckpointError
 PIECE_BYTES = 32 * 2**20
 """Tensors are read in pieces of at most about this size."""
 
-WRITTEN = ("meta",)
+WRITTEN = ("meta", "huggingface")
 """Formats that can be written."""
 
 _OVERHEAD = 2**20
@@ -62,11 +64,15 @@ def convert(
     source, target = Path(source), Path(target)
     if format not in WRITTEN:
         raise ValueError(f"format is {format!r}; one of {', '.join(WRITTEN)} was expected")
+    if format != "meta" and model_parallel_size != 1:
+        raise ValueError(f"model_parallel_size is {model_parallel_size}; only Meta's layout has a file for each rank")
     kind = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
     if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
         raise CheckpointError(f"{target} is inside of {source}, which is only read: name a folder outside of it")
     checkpoint = open_checkpoint(source, tokenizer_path, rope_theta)
     check_shards(checkpoint.args, model_parallel_size)
+    if format == "huggingface" and kind is None:
+        kind = _common_dtype(checkpoint)
     sizes = _written_bytes(checkpoint, kind, model_parallel_size)
     tokenizer = checkpoint.tokenizer().model_bytes
     with (
@@ -75,8 +81,12 @@ def convert(
             total=sum(sizes.values()), unit="B", unit_scale=True, desc="converting", delay=1, disable=not progress
         ) as bar,
     ):
-        tensors = _tensors(checkpoint, sizes, bar)
-        write_meta(folder, checkpoint.args, tensors, model_parallel_size, tokenizer, kind)
+        tensors = _tensors(checkpoint, sizes, kind, bar)
+        if kind is None or format == "meta":
+            write_meta(folder, checkpoint.args, tensors, model_parallel_size, tokenizer)
+        else:
+            whole = ((name, torch.cat(list(pieces))) for name, pieces in tensors)
+            write_huggingface(folder, checkpoint.args, whole, tokenizer, kind)
 
 
 def row_pieces(checkpoint: Checkpoint, name: str, piece_bytes: int) -> Iterator[Tensor]:
@@ -90,11 +100,27 @@ def row_pieces(checkpoint: Checkpoint, name: str, piece_bytes: int) -> Iterator[
 
 
 def _tensors(
-    checkpoint: Checkpoint, sizes: dict[str, int], bar: "tqdm[Never]"
+    checkpoint: Checkpoint, sizes: dict[str, int], dtype: torch.dtype | None, bar: "tqdm[Never]"
 ) -> Iterator[tuple[str, Iterable[Tensor]]]:
     for name, size in sizes.items():
-        yield name, row_pieces(checkpoint, name, PIECE_BYTES)
+        yield name, (_cast(name, piece, dtype or piece.dtype) for piece in row_pieces(checkpoint, name, PIECE_BYTES))
         bar.update(size)
+
+
+def _cast(name: str, piece: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = piece.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(piece.dtype).max
+    if narrower and not torch.equal(cast.isfinite(), piece.isfinite()):
+        raise CheckpointError(
+            f"{name} holds {piece.abs().max().item():g}, too large for {dtype}, which ends at "
+            f"{torch.finfo(dtype).max:g}: choose another dtype"
+        )
+    return cast
+
+
+def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Find the dtype that holds every tensor's numbers exactly; Hugging Face's config.json names one for all."""
+    return reduce(torch.promote_types, (checkpoint.read(name, 0, 0, 1).dtype for name in checkpoint.names()))
 
 
 def _written_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, copies: int) -> dict[str, int]:

@@ -3,7 +3,6 @@
 It knows nothing of how many ranks run now: `read` gives any part of a full tensor, whatever the files.
 """
 
-import json
 import pickle
 import re
 from collections.abc import Iterable

@@ -308,7 +308,7 @@ def test_the_tokenizer(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no tokenizer\.model, and a tokenizer\.json alone is not enough"):
         open_checkpoint(folder)
     assert open_checkpoint(folder, tmp_path / "elsewhere.model").tokenizer().n_words == 320
-    with pytest.raises(CheckpointError, match="no tokenizer at .*nowhere"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer at .*nowhere"):
         open_checkpoint(folder, tmp_path / "nowhere")
     (tmp_path / "other.model").write_bytes(tiny.tokenizer_bytes(size=312))
     with pytest.raises(CheckpointError, match=r"tokenizer has 312 pieces.*has 320 rows"):
