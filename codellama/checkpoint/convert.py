@@ -3,6 +3,7 @@
 Tensors pass through memory one after another, in pieces of rows. It knows nothing of how a format is read or written.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from functools import reduce
 from pathlib import Path
@@ -21,7 +22,7 @@ from codellama.device import choose_dtype
 from codellama.errors import CheckpointError
 
 PIECE_BYTES = 32 * 2**20
-"""Tensors are read in pieces of at most about this size."""
+"""Tensors on their way to Meta's layout are read in pieces of about this size; others whole."""
 
 WRITTEN = ("meta", "huggingface")
 """Formats that can be written."""
@@ -81,11 +82,12 @@ def convert(
             total=sum(sizes.values()), unit="B", unit_scale=True, desc="converting", delay=1, disable=not progress
         ) as bar,
     ):
-        tensors = _tensors(checkpoint, sizes, kind, bar)
         if kind is None or format == "meta":
+            tensors = _tensors(checkpoint, sizes, kind, PIECE_BYTES, bar)
             write_meta(folder, checkpoint.args, tensors, model_parallel_size, tokenizer)
         else:
-            whole = ((name, torch.cat(list(pieces))) for name, pieces in tensors)
+            tensors = _tensors(checkpoint, sizes, kind, sys.maxsize, bar)
+            whole = ((name, next(iter(piece))) for name, piece in tensors)
             write_huggingface(folder, checkpoint.args, whole, tokenizer, kind)
 
 
@@ -100,10 +102,10 @@ def row_pieces(checkpoint: Checkpoint, name: str, piece_bytes: int) -> Iterator[
 
 
 def _tensors(
-    checkpoint: Checkpoint, sizes: dict[str, int], dtype: torch.dtype | None, bar: "tqdm[Never]"
+    checkpoint: Checkpoint, sizes: dict[str, int], dtype: torch.dtype | None, piece_bytes: int, bar: "tqdm[Never]"
 ) -> Iterator[tuple[str, Iterable[Tensor]]]:
     for name, size in sizes.items():
-        yield name, (_cast(name, piece, dtype or piece.dtype) for piece in row_pieces(checkpoint, name, PIECE_BYTES))
+        yield name, (_cast(name, piece, dtype or piece.dtype) for piece in row_pieces(checkpoint, name, piece_bytes))
         bar.update(size)
 
 

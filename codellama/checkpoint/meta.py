@@ -3,7 +3,6 @@
 It knows nothing of how many ranks run now: `read` gives any part of a full tensor, whatever the files.
 """
 
-import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,14 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from codellama.checkpoint.faults import read_json, refuse_page, some, vocabulary_hint
+from codellama.checkpoint.faults import read_json, some, vocabulary_hint
 from codellama.checkpoint.layout import shard_dim, tensor_shapes
+from codellama.checkpoint.pth import Place, read_directory, read_part
 from codellama.config import ModelArgs
 from codellama.errors import CheckpointError
 from codellama.tokenizer import Tokenizer
-
-REOPEN_BYTES = 256 * 2**20
-"""After so many bytes the files are mapped anew, which gives back the pages that were read."""
 
 IGNORED = frozenset({"rope.freqs"})
 """Present in Meta's files and unused: the frequencies follow from rope_theta."""
@@ -43,8 +40,7 @@ class MetaCheckpoint:
         params = _read_params(folder)
         self.args = ModelArgs.from_params(params, vocab_size=tokenizer.n_words, rope_theta=rope_theta)
         self._shapes = tensor_shapes(self.args)
-        self._shards = [_open_shard(path) for path in self._paths]
-        self._unreturned = 0
+        self._shards = [read_directory(path) for path in self._paths]
         for path, shard in zip(self._paths, self._shards, strict=True):
             self._check(path, shard)
 
@@ -66,26 +62,27 @@ class MetaCheckpoint:
         return self._tokenizer
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """Copy a tensor, or its part from start to stop along dim, touching only the files and pages that hold it."""
-        parts = [shard[name] for shard in self._shards]
-        axis = shard_dim(name)
-        if axis is None:
-            parts = parts[:1]
+        """Copy a tensor, or its part from start to stop along dim, reading no bytes but those that hold it."""
+        spans = [(0, size) for size in self._shapes[name]]
         if dim is not None:
-            stop = self._shapes[name][dim] if stop is None else stop
-            if dim == axis:
-                parts = _overlapping(parts, dim, start, stop)
-            else:
-                parts = [part.narrow(dim, start, stop - start) for part in parts]
-        tensor = parts[0].clone() if len(parts) == 1 else torch.cat(parts, dim=axis or 0)
-        del parts
-        self._unreturned += tensor.nbytes
-        if self._unreturned > REOPEN_BYTES:
-            self._shards = [_open_shard(path) for path in self._paths]
-            self._unreturned = 0
+            spans[dim] = (start, spans[dim][1] if stop is None else stop)
+        axis, offset = shard_dim(name), 0
+        shards = self._shards if axis is not None else self._shards[:1]
+        tensor = torch.empty([high - low for low, high in spans], dtype=shards[0][name].dtype)
+        for path, shard in zip(self._paths, shards, strict=False):
+            place = shard[name]
+            if axis is None:
+                read_part(path, place, spans, tensor)
+                continue
+            wanted, extent = spans[axis], place.shape[axis]
+            low, high = max(wanted[0], offset), min(wanted[1], offset + extent)
+            if low < high:
+                part = [*spans[:axis], (low - offset, high - offset), *spans[axis + 1 :]]
+                read_part(path, place, part, tensor.narrow(axis, low - wanted[0], high - low))
+            offset += extent
         return tensor
 
-    def _check(self, path: Path, shard: dict[str, Tensor]) -> None:
+    def _check(self, path: Path, shard: dict[str, Place]) -> None:
         missing = [name for name in self._shapes if name not in shard]
         if missing:
             raise CheckpointError(f"{path} lacks {some(missing)}; params.json asks for {len(self._shapes)} tensors")
@@ -100,7 +97,9 @@ class MetaCheckpoint:
                 if expected[axis] % count:
                     raise CheckpointError(f"{name} of {expected} cannot be spread over the {count} files found")
                 expected[axis] //= count
-            found = list(shard[name].shape)
+            found, kinds = list(shard[name].shape), (shard[name].dtype, self._shards[0][name].dtype)
+            if kinds[0] != kinds[1]:
+                raise CheckpointError(f"{path} holds {name} as {kinds[0]}, but {self._paths[0]} as {kinds[1]}")
             if found != expected:
                 wrong.append(f"{name} is {found}, expected {expected}")
             if axis is not None and found[axis : axis + 1] and full[axis] % found[axis] == 0:
@@ -137,45 +136,3 @@ def _read_params(folder: Path) -> dict[str, object]:
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks params.json")
     return read_json(path)
-
-
-def _open_shard(path: Path) -> dict[str, Tensor]:
-    """Map one file. Only tensors are unpickled: a file that wants to run code is refused."""
-    with path.open("rb") as file:
-        head = file.read(512)
-    refuse_page(path, head)
-    if not head.startswith(b"PK"):
-        raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is not a PyTorch zip file; it begins {head[:8]!r}")
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors; loading it could run code of its author, so it is refused"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read, it is probably truncated: "
-            f"compare its md5 with checklist.chk and download it again"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise CheckpointError(f"{path} is not a dict of tensors with names")
-    for name, tensor in state.items():
-        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_floating_point()
-        if not plain:
-            kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise CheckpointError(
-                f"{path} holds {name} as {kind}; a dense tensor of floating-point numbers was expected"
-            )
-    return state
-
-
-def _overlapping(parts: list[Tensor], dim: int, start: int, stop: int) -> list[Tensor]:
-    """Cut [start, stop) along dim out of the parts' concatenation."""
-    cut, offset = [], 0
-    for part in parts:
-        extent = part.shape[dim]
-        low, high = max(start, offset), min(stop, offset + extent)
-        if low < high:
-            cut.append(part.narrow(dim, low - offset, high - low))
-        offset += extent
-    return cut

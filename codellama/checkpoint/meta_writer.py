@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
+from codellama.checkpoint.buffers import memory_of
 from codellama.checkpoint.layout import shard_dim, tensor_shapes
+from codellama.checkpoint.pth import DTYPES
 from codellama.config import ModelArgs
 from codellama.errors import CheckpointError, ParallelSizeError
 
@@ -36,12 +38,7 @@ PIECE_BYTES = 32 * 2**20
 ALIGNMENT = 64
 _ZIP64_EXTRA, _LOCAL_HEADER = 20, 30
 
-_STORAGES = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-}
+_STORAGES = {dtype: getattr(torch, name) for name, dtype in DTYPES.items()}
 """How a pickle of `torch.save` names a dtype."""
 
 
@@ -178,7 +175,8 @@ class _Shard:
         assert self._record is not None
         rows = max(1, PIECE_BYTES // max(1, part[:1].numel() * self._dtype.itemsize))
         for row in range(0, len(part), rows):
-            self._record.write(_to_bytes(part[row : row + rows], self._dtype))
+            piece = part[row : row + rows].to(self._dtype).contiguous()
+            self._record.write(memory_of(piece))
 
     def end(self) -> None:
         assert self._record is not None
@@ -253,11 +251,3 @@ def _pickled(state: dict[str, _Placed]) -> bytes:
     content = io.BytesIO()
     _Pickler(content, protocol=2).dump(state)
     return content.getvalue()
-
-
-def _to_bytes(piece: Tensor, dtype: torch.dtype) -> bytearray:
-    """Numbers in row-major order. A buffer is copied to, since torch without numpy cannot show its memory."""
-    content = bytearray(piece.numel() * dtype.itemsize)
-    if content:
-        torch.frombuffer(content, dtype=dtype).view(piece.shape).copy_(piece)
-    return content

@@ -219,15 +219,15 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("format", "size"), [("meta", 2), ("huggingface", 1)])
-def test_memory_stays_small(tmp_path: Path, format: str, size: int) -> None:
-    """A checkpoint of 600 MB, one of whose tensors has 160, is converted in 300 MB."""
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "size", "limit"), [("meta", 2, 250), ("huggingface", 1, 420)])
+def test_memory_stays_small(tmp_path: Path, format: str, size: int, limit: int) -> None:
+    """A checkpoint of 600 MB whose largest tensors have 84; Hugging Face's writer holds one of them, and copies."""
     args = ModelArgs(dim=2048, n_layers=3, n_heads=16, vocab_size=320, multiple_of=20480, rope_theta=1e4)
-    zeros = (
-        (name, [torch.zeros(1, dtype=torch.bfloat16).expand(shape)]) for name, shape in tiny.tensor_shapes(args).items()
-    )
+    shapes = tiny.tensor_shapes(args)
+    zeros = ((name, [torch.zeros(1, dtype=torch.bfloat16).expand(shape)]) for name, shape in shapes.items())
     write_meta(tmp_path / "source", args, zeros, 1, tiny.tokenizer_bytes())
     assert (tmp_path / "source" / "consolidated.00.pth").stat().st_size > 600e6
     command = [sys.executable, "-c", PEAK, str(tmp_path / "source"), str(tmp_path / "target"), format, str(size)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": "1"})
-    assert int(run.stdout) < 300
+    assert int(run.stdout) < limit
