@@ -49,20 +49,34 @@ def open_checkpoint(
         CheckpointError: naming the file, what was found and what was expected.
     """
     path = Path(ckpt_dir)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    kind = _choose_format(path, checkpoint_format)
+    kind = choose_format(path, checkpoint_format)
     checkpoint = kind(path, None if tokenizer_path is None else Path(tokenizer_path), rope_theta)
+    check_vocabulary(checkpoint, path)
+    return checkpoint
+
+
+def check_vocabulary(checkpoint: Checkpoint, path: Path) -> None:
+    """Refuse a tokenizer of another size than the embedding.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
     words, rows = checkpoint.tokenizer().n_words, checkpoint.args.vocab_size
     if words != rows:
         raise CheckpointError(
             f"the tokenizer has {words} pieces, but the embedding of {path} has {rows} rows: "
             f"use the tokenizer.model that came with these weights"
         )
-    return checkpoint
 
 
-def _choose_format(path: Path, name: str | None) -> type[Checkpoint]:
+def choose_format(path: Path, name: str | None) -> type[Checkpoint]:
+    """Find the format of a folder or file from its content, or check that it holds the one that is named.
+
+    Raises:
+        CheckpointError: there is nothing there, or nothing of this format.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
     known = [kind.format_name for kind in FORMATS]
     if name is not None and name not in known:
         raise CheckpointError(f"checkpoint_format is {name!r}; known are {', '.join(known)}")

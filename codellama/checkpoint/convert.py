@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from codellama.checkpoint import open_checkpoint
 from codellama.checkpoint.huggingface_writer import write_huggingface
-from codellama.checkpoint.layout import Checkpoint, shard_dim
+from codellama.checkpoint.layout import Checkpoint, row_pieces, shard_dim
 from codellama.checkpoint.meta_writer import check_shards, write_meta
 from codellama.checkpoint.staging import staged_folder
 from codellama.device import choose_dtype
@@ -89,16 +89,6 @@ def convert(
             tensors = _tensors(checkpoint, sizes, kind, sys.maxsize, bar)
             whole = ((name, next(iter(piece))) for name, piece in tensors)
             write_huggingface(folder, checkpoint.args, whole, tokenizer, kind)
-
-
-def row_pieces(checkpoint: Checkpoint, name: str, piece_bytes: int) -> Iterator[Tensor]:
-    """Read a tensor as pieces of whole rows, in order; those of a matrix hold whole heads where they can."""
-    count = checkpoint.shape(name)[0]
-    row = checkpoint.read(name, 0, 0, 1).nbytes
-    step = max(1, piece_bytes // row)
-    step -= step % checkpoint.args.head_dim if step > checkpoint.args.head_dim else 0
-    for start in range(0, count, step):
-        yield checkpoint.read(name, 0, start, min(count, start + step))
 
 
 def _tensors(

@@ -4,7 +4,8 @@ It knows nothing of how many ranks run now: `read` gives any part of a full tens
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from codellama.checkpoint.faults import read_json, some, vocabulary_hint
 from codellama.checkpoint.layout import shard_dim, tensor_shapes
 from codellama.checkpoint.pth import Place, read_directory, read_part
 from codellama.config import ModelArgs
-from codellama.errors import CheckpointError
+from codellama.errors import CheckpointError, shown
 from codellama.tokenizer import Tokenizer
 
 IGNORED = frozenset({"rope.freqs"})
@@ -39,15 +40,44 @@ class MetaCheckpoint:
         self._tokenizer = tokenizer
         params = _read_params(folder)
         self.args = ModelArgs.from_params(params, vocab_size=tokenizer.n_words, rope_theta=rope_theta)
-        self._shapes = tensor_shapes(self.args)
         self._shards = [read_directory(path) for path in self._paths]
         for path, shard in zip(self._paths, self._shards, strict=True):
-            self._check(path, shard)
+            _check_shard(path, shard, len(self._paths), self.args, tokenizer.n_words)
+        self._shapes = tensor_shapes(self.args)
+        first = self._shards[0]
+        for path, shard in zip(self._paths, self._shards, strict=True):
+            other = [
+                f"{name} as {shard[name].dtype}" for name in self._shapes if shard[name].dtype != first[name].dtype
+            ]
+            if other:
+                raise CheckpointError(f"{path} holds {some(other)}; {self._paths[0].name} holds it in another dtype")
 
     @staticmethod
     def probe(path: Path) -> bool:
         """Say whether a folder holds a consolidated file or params.json."""
         return path.is_dir() and ((path / "params.json").is_file() or any(path.glob("consolidated.[0-9][0-9].pth")))
+
+    @staticmethod
+    def files(
+        path: Path, tokenizer_path: Path | None = None, rope_theta: float | None = None
+    ) -> Iterable[tuple[Path, Callable[[], object]]]:
+        """List params.json, the tokenizer and the consolidated files; those against what the first two say, if any."""
+        tokenizer, params = tokenizer_path or path / "tokenizer.model", path / "params.json"
+
+        def read_args(words: int) -> ModelArgs:
+            return ModelArgs.from_params(_read_params(path), vocab_size=words, rope_theta=rope_theta)
+
+        yield params, lambda: read_args(1)  # any size: here it is the other keys that count
+        yield tokenizer, lambda: Tokenizer(tokenizer)
+        shards = sorted(path.glob("consolidated.[0-9][0-9].pth"))
+        try:
+            words = Tokenizer(tokenizer).n_words
+            args = read_args(words)
+        except CheckpointError:  # the two above say it
+            yield from ((shard, partial(read_directory, shard)) for shard in shards)
+            return
+        for shard in shards:
+            yield shard, partial(_read_checked, shard, len(shards), args, words)
 
     def names(self) -> Iterable[str]:
         """Canonical names of all tensors."""
@@ -82,34 +112,40 @@ class MetaCheckpoint:
             offset += extent
         return tensor
 
-    def _check(self, path: Path, shard: dict[str, Place]) -> None:
-        missing = [name for name in self._shapes if name not in shard]
-        if missing:
-            raise CheckpointError(f"{path} lacks {some(missing)}; params.json asks for {len(self._shapes)} tensors")
-        extra = [name for name in shard if name not in self._shapes and name not in IGNORED]
-        if extra:
-            raise CheckpointError(f"{path} holds {some(extra)}, which params.json has no place for")
-        count = len(self._paths)
-        wrong, factors = [], set()
-        for name, full in self._shapes.items():
-            expected, axis = list(full), shard_dim(name)
-            if axis is not None:
-                if expected[axis] % count:
-                    raise CheckpointError(f"{name} of {expected} cannot be spread over the {count} files found")
-                expected[axis] //= count
-            found, kinds = list(shard[name].shape), (shard[name].dtype, self._shards[0][name].dtype)
-            if kinds[0] != kinds[1]:
-                raise CheckpointError(f"{path} holds {name} as {kinds[0]}, but {self._paths[0]} as {kinds[1]}")
-            if found != expected:
-                wrong.append(f"{name} is {found}, expected {expected}")
-            if axis is not None and found[axis : axis + 1] and full[axis] % found[axis] == 0:
-                factors.add(full[axis] // found[axis])
-        if wrong:
-            if len(factors) == 1 and count not in factors:
-                hint = f". Such shapes belong to a checkpoint of {factors.pop()} files: are some missing here?"
-            else:
-                hint = vocabulary_hint(wrong, self.args, self._tokenizer.n_words)
-            raise CheckpointError(f"{path}, one of {count} files: {some(wrong)}{hint}")
+
+def _read_checked(path: Path, count: int, args: ModelArgs, words: int) -> None:
+    _check_shard(path, read_directory(path), count, args, words)
+
+
+def _check_shard(path: Path, shard: dict[str, Place], count: int, args: ModelArgs, words: int) -> None:
+    """Compare names and shapes of one of `count` files with the architecture."""
+    if args.n_layers > len(shard):  # before names are made for a billion layers
+        raise CheckpointError(f"params.json asks for {args.n_layers} layers, but {path} holds {len(shard)} tensors")
+    shapes = tensor_shapes(args)
+    missing = [name for name in shapes if name not in shard]
+    if missing:
+        raise CheckpointError(f"{path} lacks {some(missing)}; params.json asks for {len(shapes)} tensors")
+    extra = [shown(name) for name in shard if name not in shapes and name not in IGNORED]
+    if extra:
+        raise CheckpointError(f"{path} holds {some(extra)}, which params.json has no place for")
+    wrong, factors = [], set()
+    for name, full in shapes.items():
+        expected, axis = list(full), shard_dim(name)
+        if axis is not None:
+            if expected[axis] % count:
+                raise CheckpointError(f"{name} of {expected} cannot be spread over the {count} files found")
+            expected[axis] //= count
+        found = list(shard[name].shape)
+        if found != expected:
+            wrong.append(f"{name} is {found}, expected {expected}")
+        if axis is not None and len(found) == 2 and found[axis] and full[axis] % found[axis] == 0:
+            factors.add(full[axis] // found[axis])
+    if wrong:
+        if len(factors) == 1 and count not in factors:
+            hint = f". Such shapes belong to a checkpoint of {factors.pop()} files: are some missing here?"
+        else:
+            hint = vocabulary_hint(wrong, args, words)
+        raise CheckpointError(f"{path}, one of {count} files: {some(wrong)}{hint}")
 
 
 def find_shards(folder: Path) -> list[Path]:

@@ -96,7 +96,7 @@ def test_tensors_that_share_storages_or_lie_crosswise(folder: Path) -> None:
 
 def test_files_that_differ_in_dtype(folder: Path) -> None:
     rewrite(folder, 1, **{"norm.weight": WEIGHTS["norm.weight"].half()})
-    with pytest.raises(CheckpointError, match=r"01\.pth holds norm\.weight as torch\.float16, but .*00\.pth"):
+    with pytest.raises(CheckpointError, match=r"01\.pth holds norm\.weight as torch\.float16; consolidated\.00"):
         open_checkpoint(folder)
 
 
@@ -201,7 +201,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth lacks layers\.1\.attention\.wo\.weight"):
         open_checkpoint(folder)
     rewrite(folder, 1, **{"layers.1.attention.wo.weight": torch.ones(48, 23), "extra.weight": torch.ones(1)})
-    with pytest.raises(CheckpointError, match=r"holds extra\.weight"):
+    with pytest.raises(CheckpointError, match=r"holds 'extra\.weight'"):
         open_checkpoint(folder)
     rewrite(folder, 1, **{"extra.weight": None})
     with pytest.raises(CheckpointError, match=r"layers\.1\.attention\.wo\.weight is \[48, 23\], expected \[48, 24\]"):
