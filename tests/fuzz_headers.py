@@ -1,6 +1,6 @@
 """Mutate what stands before the weights: a file is refused with CheckpointError, or read; soon, and in little memory.
 
-    python -m tests.fuzz_headers huggingface --count 20000
+    python -m tests.fuzz_headers --format huggingface --count 20000
 
 Each format has a Target: how a good folder is written, which files are mutated and how far, how it is opened, and what
 may be done to it. A case that fails is repeated with its own number: `--first N --count 1`.

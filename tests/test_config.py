@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+import random
 from typing import Any
 
 import pytest
 
-from codellama.config import ModelArgs, RuntimeArgs, SamplingParams
+from codellama.config import ModelArgs, RuntimeArgs, SamplingParams, feed_forward_params
 from codellama.errors import CheckpointError
 
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 8, "vocab_size": 320, "rope_theta": 1e6}
@@ -77,6 +78,40 @@ def test_a_missing_rope_theta_is_refused(in_file: dict[str, None]) -> None:
     assert ModelArgs.from_params(params, vocab_size=320, rope_theta=1e4).rope_theta == 1e4
 
 
+@pytest.mark.parametrize(
+    ("dim", "hidden_dim", "expected"),
+    [
+        pytest.param(4096, 11008, (256, None), id="7B"),
+        pytest.param(5120, 13824, (256, None), id="13B"),
+        pytest.param(8192, 22016, (256, None), id="34B"),
+        pytest.param(8192, 28672, (4096, 1.3), id="70B"),
+        pytest.param(4096, 14336, (14336, None), id="wider than published"),
+        pytest.param(4096, 5632, (5632, 5632.5 / 10922), id="narrower than two thirds of four"),
+    ],
+)
+def test_a_width_that_is_published_gets_the_published_numbers(
+    dim: int, hidden_dim: int, expected: tuple[int, float | None]
+) -> None:
+    assert feed_forward_params(dim, hidden_dim) == expected
+
+
+def test_every_width_can_be_expressed() -> None:
+    rng = random.Random(0)
+    sizes = [(2, 1), (2, 2), (2**31 - 2, 1), (2, 2**31 - 1), (2**31 - 2, 2**31 - 1)]
+    sizes += [(2 * rng.randint(1, 2**exponent), rng.randint(1, 2**30)) for exponent in range(30) for _ in range(40)]
+    sizes += [(2 * rng.randint(1, 9000), rng.randint(1, 60_000)) for _ in range(2000)]
+    for dim, hidden_dim in sizes:
+        multiple_of, multiplier = feed_forward_params(dim, hidden_dim)
+        args = ModelArgs(**SMALL | {"dim": dim, "n_heads": 1}, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
+        assert args.hidden_dim == hidden_dim, (dim, hidden_dim)
+
+
+@pytest.mark.parametrize(("dim", "hidden_dim"), [(0, 8), (8, 0), (8, 2**31), (2**31, 8), (8, True), (8, 8.0)])
+def test_widths_that_are_none(dim: int, hidden_dim: int) -> None:
+    with pytest.raises(CheckpointError, match=r"dim is .*; a positive integer below 2\*\*31 was expected"):
+        feed_forward_params(dim, hidden_dim)
+
+
 def test_unknown_keys_are_named() -> None:
     with pytest.raises(CheckpointError, match=r"does not know: moe, use_scaled_rope;.*known are dim, "):
         ModelArgs.from_params(PARAMS | {"use_scaled_rope": True, "moe": {}}, vocab_size=320)
@@ -90,14 +125,14 @@ def test_missing_keys_are_named(missing: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"])
-@pytest.mark.parametrize("value", [0, -2, 64.0, "64", True, [64], NAN])
+@pytest.mark.parametrize("value", [0, -2, 64.0, "64", True, [64], NAN, 2**31, 10**400])
 def test_bad_sizes(name: str, value: object) -> None:
     with pytest.raises(CheckpointError, match=f"^{name} is "):
         ModelArgs.from_params(PARAMS | {name: value}, vocab_size=320)
 
 
 @pytest.mark.parametrize("name", ["rope_theta", "norm_eps", "ffn_dim_multiplier"])
-@pytest.mark.parametrize("value", [0, 0.0, -1.0, NAN, INF, "1e6", True, [1.0]])
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, NAN, INF, 10**400, 1e13, "1e6", True, [1.0]])
 def test_bad_numbers(name: str, value: object) -> None:
     with pytest.raises(CheckpointError, match=f"^{name} is "):
         ModelArgs.from_params(PARAMS | {name: value}, vocab_size=320)

@@ -15,6 +15,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from codellama import ModelArgs, ParallelSizeError, RuntimeArgs, SamplingParams, cli
+from codellama.checkpoint.huggingface import NAMES
 from codellama.checkpoint.layout import SHARD_DIM
 from codellama.memory import plan_budget
 from codellama.parallel import Parallel
@@ -304,6 +305,10 @@ def test_axes() -> None:
         for tensor, axis, _ in section(ROOT / "docs/checkpoints.md", "tensor")
     }
     assert axes == SHARD_DIM
+
+
+def test_names_in_hugging_faces_files() -> None:
+    assert dict(section(ROOT / "docs/checkpoints.md", "Meta's name")) == NAMES
 
 
 def test_error_messages() -> None:

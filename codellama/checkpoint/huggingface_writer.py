@@ -15,7 +15,7 @@ from codellama.checkpoint.buffers import memory_of
 from codellama.checkpoint.huggingface import INDEX, WEIGHTS, huggingface_name, needs_pairs, split_pairs
 from codellama.checkpoint.huggingface_config import config_from_args
 from codellama.checkpoint.layout import tensor_shapes
-from codellama.checkpoint.safetensors_header import header_bytes, place_tensors
+from codellama.checkpoint.safetensors_header import DTYPES, header_bytes, place_tensors
 from codellama.config import ModelArgs
 from codellama.tokenizer import Tokenizer
 
@@ -41,7 +41,12 @@ def write_huggingface(
         dtype: what the tensors are converted to: bfloat16, float16 or float32.
         max_file_bytes: a file holds at most so many bytes of data, but at least one tensor.
         max_position_embeddings: the trained context, in tokens; advice to programs that ask for a limit.
+
+    Raises:
+        ValueError: a dtype that is none of the three.
     """
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype}; {', '.join(map(str, DTYPES.values()))} can be written")
     words = Tokenizer.from_bytes(tokenizer, "the tokenizer")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(tokenizer)

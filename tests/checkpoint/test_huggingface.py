@@ -2,7 +2,6 @@
 
 import json
 import resource
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,9 +161,19 @@ def test_tensors_may_come_in_any_order_and_leave_memory_as_they_go(tmp_path: Pat
         assert checkpoint.read(name, 0, 3, 4).unique().tolist() == [rank]
 
 
-def test_no_numpy_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "numpy", None)
-    checkpoint = open_checkpoint(tiny.tiny_huggingface(tmp_path))
+def test_other_dtypes_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtype is torch\.float64; torch\.bfloat16, "):
+        tiny.tiny_huggingface(tmp_path / "none", dtype=torch.float64)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_may_be_links_to_a_cache(tmp_path: Path) -> None:
+    """As in the folders of snapshots that the Hugging Face Hub's client makes."""
+    tiny.tiny_huggingface(tmp_path / "blobs", max_file_bytes=70_000)
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(Path("..") / "blobs" / path.name)
+    checkpoint = open_checkpoint(tmp_path / "snapshot")
     assert torch.equal(checkpoint.read("norm.weight"), WEIGHTS_OF[torch.float32]["norm.weight"])
 
 

@@ -341,7 +341,7 @@ def test_a_format_that_is_unknown_or_not_there(folder: Path) -> None:
 
 
 def test_mutated_files_are_refused_or_read(tmp_path: Path) -> None:
-    """`python -m tests.fuzz_headers huggingface` runs many more."""
+    """`python -m tests.fuzz_headers --format huggingface` runs many more."""
     results = fuzz("huggingface", tmp_path, count=300)
     assert results.total() == 300
     assert results["read"] < 60
