@@ -76,8 +76,8 @@ class MetaCheckpoint:
         except CheckpointError:  # the two above say it
             yield from ((shard, partial(read_directory, shard)) for shard in shards)
             return
-        for shard in shards:
-            yield shard, partial(_read_checked, shard, len(shards), args, words)
+        count = 1 + max((int(shard.name[-6:-4]) for shard in shards), default=0)
+        yield from ((shard, partial(_read_checked, shard, count, args, words)) for shard in shards)
 
     def names(self) -> Iterable[str]:
         """Canonical names of all tensors."""
