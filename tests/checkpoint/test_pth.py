@@ -67,12 +67,13 @@ def test_hostile_pickles_do_nothing(tmp_path: Path) -> None:
         ],
         "cannot be read": [
             b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.",  # a bytearray of a terabyte
-            b"\x80\x02}r\xff\xff\xff\x7f.",  # an object of a number for which a table of gigabytes would be made
             b"\x80\x02X\xff\xff\xff\xff.",
             b"\x80\x02}",
             b"",
             b"\x80\x02h\x07.",
         ],
+        "numbers more objects than it has": [b"\x80\x02}r\xff\xff\xff\x7f."],  # a table of gigabytes would be made
+        "its pickle uses DICT": [b"\x80\x02(X\x01\x00\x00\x00aK\x01d."],
         "not a dict of tensors": [b"\x80\x02].", b"\x80\x02}K\x01K\x02s."],
         "dense tensor": [b"\x80\x02}X\x01\x00\x00\x00aK\x01s."],
     }  # fmt: skip
@@ -137,6 +138,17 @@ def test_compressed_records_are_refused(tmp_path: Path) -> None:
     repacked(tmp_path / "x.pth", tmp_path / "bad.pth", pickled, compress=True)
     with pytest.raises(CheckpointError, match="compressed"):
         read_directory(tmp_path / "bad.pth")
+
+
+def test_a_record_that_would_reach_beyond_the_file(tmp_path: Path) -> None:
+    saved(tmp_path / "x.pth")
+    content = bytearray((tmp_path / "x.pth").read_bytes())
+    with zipfile.ZipFile(tmp_path / "x.pth") as archive:
+        info = next(info for info in archive.infolist() if info.filename.endswith("/data/0"))
+    content[info.header_offset + 28 : info.header_offset + 30] = b"\xff\xff"  # the length of the padding
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match="the record of 'a' is not where the archive says"):
+        read_directory(tmp_path / "x.pth")
 
 
 def test_mutated_files_are_refused_or_read(tmp_path: Path) -> None:
