@@ -67,7 +67,7 @@ class Checkpoint(Protocol):
         """Shape of the full tensor."""
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """Copy a tensor, or its part from start to stop along dim, in the file's dtype."""
+        """Copy a tensor, or its part from start to stop along dim, in the file's dtype; any thread may call it."""
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that belongs to the weights."""
