@@ -212,9 +212,9 @@ def bits_per_byte(model: Transformer, words: Tokenizer, texts: list[str]) -> flo
 def export(output: str, folder: str) -> None:
     """Write output's tokenizer and weights to a folder in Meta's layout, in bfloat16."""
     state = torch.load(Path(str(output)) / "weights.pt", weights_only=True)
-    tensors = {name: tensor.bfloat16() for name, tensor in state["model"].items()}
+    tensors = ((name, [tensor]) for name, tensor in state["model"].items())
     words = (Path(str(output)) / "tokenizer.model").read_bytes()
-    write_meta(Path(str(folder)), ModelArgs(**ARGS), tensors.items(), 1, words)
+    write_meta(Path(str(folder)), ModelArgs(**ARGS), tensors, 1, words, torch.bfloat16)
     print(json.dumps({"tokens": state["tokens"], "steps": state["steps"]}))
 
 

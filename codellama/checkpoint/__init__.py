@@ -4,16 +4,20 @@ This is the only place that shards weights.
 """
 
 import logging
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from codellama.checkpoint.huggingface import HuggingFaceCheckpoint
 from codellama.checkpoint.huggingface_writer import write_huggingface
 from codellama.checkpoint.layout import Checkpoint, rank_span, tensor_shapes
-from codellama.checkpoint.meta import MetaCheckpoint, write_meta
+from codellama.checkpoint.meta import MetaCheckpoint
+from codellama.checkpoint.meta_writer import write_meta
 from codellama.errors import CheckpointError
 from codellama.model import Transformer
 from codellama.parallel import Parallel
@@ -24,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 FORMATS: tuple[type[Checkpoint], ...] = (MetaCheckpoint, HuggingFaceCheckpoint)
 """Every weight format, in the order in which a folder that holds several of them is read."""
+
+READERS = 2
+"""Threads that read: most of the time goes into fresh pages of memory, which the system prepares for each by itself."""
 
 
 def open_checkpoint(
@@ -48,20 +55,34 @@ def open_checkpoint(
         CheckpointError: naming the file, what was found and what was expected.
     """
     path = Path(ckpt_dir)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    kind = _choose_format(path, checkpoint_format)
+    kind = choose_format(path, checkpoint_format)
     checkpoint = kind(path, None if tokenizer_path is None else Path(tokenizer_path), rope_theta)
+    check_vocabulary(checkpoint, path)
+    return checkpoint
+
+
+def check_vocabulary(checkpoint: Checkpoint, path: Path) -> None:
+    """Refuse a tokenizer of another size than the embedding.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
     words, rows = checkpoint.tokenizer().n_words, checkpoint.args.vocab_size
     if words != rows:
         raise CheckpointError(
             f"the tokenizer has {words} pieces, but the embedding of {path} has {rows} rows: "
             f"use the tokenizer.model that came with these weights"
         )
-    return checkpoint
 
 
-def _choose_format(path: Path, name: str | None) -> type[Checkpoint]:
+def choose_format(path: Path, name: str | None) -> type[Checkpoint]:
+    """Find the format of a folder or file from its content, or check that it holds the one that is named.
+
+    Raises:
+        CheckpointError: there is nothing there, or nothing of this format.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
     known = [kind.format_name for kind in FORMATS]
     if name is not None and name not in known:
         raise CheckpointError(f"checkpoint_format is {name!r}; known are {', '.join(known)}")
@@ -103,13 +124,30 @@ def load_model(
     parameters = dict(model.named_parameters())
     assert parameters.keys() == set(checkpoint.names()), "the model's names are the canonical names"
     total = sum(parameter.numel() for parameter in parameters.values()) * dtype.itemsize
+    spans = {name: rank_span(name, checkpoint.args, parallel.rank, parallel.size) for name in parameters}
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress) as bar:
-        for name, parameter in parameters.items():
-            span = rank_span(name, checkpoint.args, parallel.rank, parallel.size)
-            tensor = checkpoint.read(name, *span) if span else checkpoint.read(name)
+        for name, tensor in _read_ahead(checkpoint, spans):
+            parameter = parameters[name]
             assert tensor.shape == parameter.shape, f"{name}: {tuple(tensor.shape)} for {tuple(parameter.shape)}"
             owner, _, leaf = name.rpartition(".")
             loaded = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
             setattr(model.get_submodule(owner), leaf, loaded)
             bar.update(loaded.nbytes)
     return model.eval()
+
+
+def _read_ahead(checkpoint: Checkpoint, spans: dict[str, tuple[int, int, int] | None]) -> Iterator[tuple[str, Tensor]]:
+    """Read parts of tensors in order, some at once; at most READERS + 1 of them wait or are being read."""
+    with ThreadPoolExecutor(READERS) as pool:
+        pending: deque[tuple[str, Future[Tensor]]] = deque()
+        for name, span in spans.items():
+            pending.append((name, pool.submit(checkpoint.read, name, *(span or ()))))
+            if len(pending) > READERS:
+                yield _take(pending)
+        while pending:
+            yield _take(pending)
+
+
+def _take(pending: "deque[tuple[str, Future[Tensor]]]") -> tuple[str, Tensor]:
+    name, future = pending.popleft()  # no name here holds on to the tensor while the next one is read
+    return name, future.result()

@@ -5,7 +5,8 @@ modeling_llama.py, and its convert_llama_weights_to_hf.py for the order of the r
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -77,6 +78,19 @@ class HuggingFaceCheckpoint:
         """Say whether a folder holds model.safetensors, its index, or a file of several."""
         weights = (path / WEIGHTS, path / INDEX, *path.glob("model-[0-9]*-of-[0-9]*.safetensors"))
         return any(file.is_file() for file in weights)
+
+    @staticmethod
+    def files(
+        path: Path, tokenizer_path: Path | None = None, rope_theta: float | None = None
+    ) -> Iterable[tuple[Path, Callable[[], object]]]:
+        """List config.json, the tokenizer, the index where there is one, and the files of weights, by their headers."""
+        config, index = path / "config.json", path / INDEX
+        yield config, lambda: args_from_config(read_json(config), str(config), rope_theta)
+        yield tokenizer_path or path / "tokenizer.model", lambda: _open_tokenizer(path, tokenizer_path)
+        if index.exists():
+            yield index, lambda: _read_index(index)
+        for weights in sorted(path.glob("model*.safetensors")):
+            yield weights, partial(read_header, weights)
 
     def names(self) -> Iterable[str]:
         """Canonical names of all tensors."""

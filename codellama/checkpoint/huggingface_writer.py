@@ -3,7 +3,6 @@
 It knows nothing of where the tensors come from, nor of temporary names: it writes plainly into the folder.
 """
 
-import ctypes
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from codellama.checkpoint.buffers import memory_of
 from codellama.checkpoint.huggingface import INDEX, WEIGHTS, huggingface_name, needs_pairs, split_pairs
 from codellama.checkpoint.huggingface_config import config_from_args
 from codellama.checkpoint.layout import tensor_shapes
@@ -99,9 +99,7 @@ def _divide(
 
 
 def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
-    """Write the numbers as they lie in memory, without a copy; torch has no way to do so without numpy."""
-    tensor = tensor.contiguous()
-    file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+    file.write(memory_of(tensor.contiguous()))
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:

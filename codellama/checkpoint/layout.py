@@ -4,7 +4,7 @@ It knows nothing of files. The canonical names are Meta's. Source: Meta's Llama 
 ParallelEmbedding splits the embedding dimension, not the vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -50,6 +50,16 @@ class Checkpoint(Protocol):
     def probe(path: Path) -> bool:
         """Say whether a folder or a file holds weights of this format, whole or not; cheap, and raises nothing."""
 
+    @staticmethod
+    def files(
+        path: Path, tokenizer_path: Path | None = None, rope_theta: float | None = None
+    ) -> Iterable[tuple[Path, Callable[[], object]]]:
+        """List the files that belong to a checkpoint, each with a function that looks at this file by itself.
+
+        The function raises CheckpointError where the file is wrong. A file that is missing may be listed or not: to
+        open the checkpoint is what finds it.
+        """
+
     def names(self) -> Iterable[str]:
         """Canonical names of all tensors."""
 
@@ -57,7 +67,7 @@ class Checkpoint(Protocol):
         """Shape of the full tensor."""
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """Copy a tensor, or its part from start to stop along dim, in the file's dtype."""
+        """Copy a tensor, or its part from start to stop along dim, in the file's dtype; any thread may call it."""
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that belongs to the weights."""
@@ -104,3 +114,13 @@ def rank_span(name: str, args: ModelArgs, rank: int, size: int) -> tuple[int, in
         return dim, head * args.head_dim, (head + 1) * args.head_dim
     share = tensor_shapes(args)[name][dim] // size
     return dim, rank * share, (rank + 1) * share
+
+
+def row_pieces(checkpoint: Checkpoint, name: str, piece_bytes: int) -> Iterator[Tensor]:
+    """Read a tensor as pieces of whole rows, in order; those of a matrix hold whole heads where they can."""
+    count = checkpoint.shape(name)[0]
+    row = checkpoint.read(name, 0, 0, 1).nbytes
+    step = max(1, piece_bytes // row)
+    step -= step % checkpoint.args.head_dim if step > checkpoint.args.head_dim else 0
+    for start in range(0, count, step):
+        yield checkpoint.read(name, 0, start, min(count, start + step))

@@ -3,26 +3,21 @@
 It knows nothing of how many ranks run now: `read` gives any part of a full tensor, whatever the files.
 """
 
-import hashlib
-import json
-import pickle
 import re
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from codellama.checkpoint.faults import read_json, refuse_page, some, vocabulary_hint
+from codellama.checkpoint.faults import read_json, some, vocabulary_hint
 from codellama.checkpoint.layout import shard_dim, tensor_shapes
+from codellama.checkpoint.pth import Place, read_directory, read_part
 from codellama.config import ModelArgs
-from codellama.errors import CheckpointError
+from codellama.errors import CheckpointError, shown
 from codellama.tokenizer import Tokenizer
-
-REOPEN_BYTES = 256 * 2**20
-"""After so many bytes the files are mapped anew, which gives back the pages that were read."""
 
 IGNORED = frozenset({"rope.freqs"})
 """Present in Meta's files and unused: the frequencies follow from rope_theta."""
@@ -45,16 +40,44 @@ class MetaCheckpoint:
         self._tokenizer = tokenizer
         params = _read_params(folder)
         self.args = ModelArgs.from_params(params, vocab_size=tokenizer.n_words, rope_theta=rope_theta)
-        self._shapes = tensor_shapes(self.args)
-        self._shards = [_open_shard(path) for path in self._paths]
-        self._unreturned = 0
+        self._shards = [read_directory(path) for path in self._paths]
         for path, shard in zip(self._paths, self._shards, strict=True):
-            self._check(path, shard)
+            _check_shard(path, shard, len(self._paths), self.args, tokenizer.n_words)
+        self._shapes = tensor_shapes(self.args)
+        first = self._shards[0]
+        for path, shard in zip(self._paths, self._shards, strict=True):
+            other = [
+                f"{name} as {shard[name].dtype}" for name in self._shapes if shard[name].dtype != first[name].dtype
+            ]
+            if other:
+                raise CheckpointError(f"{path} holds {some(other)}; {self._paths[0].name} holds it in another dtype")
 
     @staticmethod
     def probe(path: Path) -> bool:
         """Say whether a folder holds a consolidated file or params.json."""
         return path.is_dir() and ((path / "params.json").is_file() or any(path.glob("consolidated.[0-9][0-9].pth")))
+
+    @staticmethod
+    def files(
+        path: Path, tokenizer_path: Path | None = None, rope_theta: float | None = None
+    ) -> Iterable[tuple[Path, Callable[[], object]]]:
+        """List params.json, the tokenizer and the consolidated files; those against what the first two say, if any."""
+        tokenizer, params = tokenizer_path or path / "tokenizer.model", path / "params.json"
+
+        def read_args(words: int) -> ModelArgs:
+            return ModelArgs.from_params(_read_params(path), vocab_size=words, rope_theta=rope_theta)
+
+        yield params, lambda: read_args(1)  # any size: here it is the other keys that count
+        yield tokenizer, lambda: Tokenizer(tokenizer)
+        shards = sorted(path.glob("consolidated.[0-9][0-9].pth"))
+        try:
+            words = Tokenizer(tokenizer).n_words
+            args = read_args(words)
+        except CheckpointError:  # the two above say it
+            yield from ((shard, partial(read_directory, shard)) for shard in shards)
+            return
+        count = 1 + max((int(shard.name[-6:-4]) for shard in shards), default=0)
+        yield from ((shard, partial(_read_checked, shard, count, args, words)) for shard in shards)
 
     def names(self) -> Iterable[str]:
         """Canonical names of all tensors."""
@@ -69,81 +92,60 @@ class MetaCheckpoint:
         return self._tokenizer
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """Copy a tensor, or its part from start to stop along dim, touching only the files and pages that hold it."""
-        parts = [shard[name] for shard in self._shards]
-        axis = shard_dim(name)
-        if axis is None:
-            parts = parts[:1]
+        """Copy a tensor, or its part from start to stop along dim, reading no bytes but those that hold it."""
+        spans = [(0, size) for size in self._shapes[name]]
         if dim is not None:
-            stop = self._shapes[name][dim] if stop is None else stop
-            if dim == axis:
-                parts = _overlapping(parts, dim, start, stop)
-            else:
-                parts = [part.narrow(dim, start, stop - start) for part in parts]
-        tensor = parts[0].clone() if len(parts) == 1 else torch.cat(parts, dim=axis or 0)
-        del parts
-        self._unreturned += tensor.nbytes
-        if self._unreturned > REOPEN_BYTES:
-            self._shards = [_open_shard(path) for path in self._paths]
-            self._unreturned = 0
+            spans[dim] = (start, spans[dim][1] if stop is None else stop)
+        axis, offset = shard_dim(name), 0
+        shards = self._shards if axis is not None else self._shards[:1]
+        tensor = torch.empty([high - low for low, high in spans], dtype=shards[0][name].dtype)
+        for path, shard in zip(self._paths, shards, strict=False):
+            place = shard[name]
+            if axis is None:
+                read_part(path, place, spans, tensor)
+                continue
+            wanted, extent = spans[axis], place.shape[axis]
+            low, high = max(wanted[0], offset), min(wanted[1], offset + extent)
+            if low < high:
+                part = [*spans[:axis], (low - offset, high - offset), *spans[axis + 1 :]]
+                read_part(path, place, part, tensor.narrow(axis, low - wanted[0], high - low))
+            offset += extent
         return tensor
 
-    def _check(self, path: Path, shard: dict[str, Tensor]) -> None:
-        missing = [name for name in self._shapes if name not in shard]
-        if missing:
-            raise CheckpointError(f"{path} lacks {some(missing)}; params.json asks for {len(self._shapes)} tensors")
-        extra = [name for name in shard if name not in self._shapes and name not in IGNORED]
-        if extra:
-            raise CheckpointError(f"{path} holds {some(extra)}, which params.json has no place for")
-        count = len(self._paths)
-        wrong, factors = [], set()
-        for name, full in self._shapes.items():
-            expected, axis = list(full), shard_dim(name)
-            if axis is not None:
-                if expected[axis] % count:
-                    raise CheckpointError(f"{name} of {expected} cannot be spread over the {count} files found")
-                expected[axis] //= count
-            found = list(shard[name].shape)
-            if found != expected:
-                wrong.append(f"{name} is {found}, expected {expected}")
-            if axis is not None and found[axis : axis + 1] and full[axis] % found[axis] == 0:
-                factors.add(full[axis] // found[axis])
-        if wrong:
-            if len(factors) == 1 and count not in factors:
-                hint = f". Such shapes belong to a checkpoint of {factors.pop()} files: are some missing here?"
-            else:
-                hint = vocabulary_hint(wrong, self.args, self._tokenizer.n_words)
-            raise CheckpointError(f"{path}, one of {count} files: {some(wrong)}{hint}")
+
+def _read_checked(path: Path, count: int, args: ModelArgs, words: int) -> None:
+    _check_shard(path, read_directory(path), count, args, words)
 
 
-def write_meta(
-    folder: Path, args: ModelArgs, tensors: Iterable[tuple[str, Tensor]], n_shards: int, tokenizer: bytes
-) -> None:
-    """Write full tensors as a folder in Meta's layout, with a checklist.chk of md5 sums.
-
-    Args:
-        folder: made if it does not exist.
-        args: the architecture, as it goes to params.json.
-        tensors: (canonical name, full tensor).
-        n_shards: number of consolidated files; must divide every split axis.
-        tokenizer: content of tokenizer.model.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{} for _ in range(n_shards)]
-    for name, tensor in tensors:
-        axis = shard_dim(name)
-        parts = [tensor] * n_shards if axis is None else tensor.chunk(n_shards, dim=axis)
-        assert len(parts) == n_shards, f"{name} {tuple(tensor.shape)} over {n_shards} files"
-        for shard, part in zip(shards, parts, strict=True):
-            shard[name] = part.clone()  # a view would save the whole storage
-    for index, shard in enumerate(shards):
-        torch.save(shard, folder / f"consolidated.{index:02d}.pth")
-    params = {key: value for key, value in asdict(args).items() if value is not None}
-    (folder / "params.json").write_text(json.dumps(params) + "\n")
-    (folder / "tokenizer.model").write_bytes(tokenizer)
-    names = ["params.json", "tokenizer.model", *(f"consolidated.{index:02d}.pth" for index in range(n_shards))]
-    lines = [f"{hashlib.md5((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
-    (folder / "checklist.chk").write_text("".join(lines))
+def _check_shard(path: Path, shard: dict[str, Place], count: int, args: ModelArgs, words: int) -> None:
+    """Compare names and shapes of one of `count` files with the architecture."""
+    if args.n_layers > len(shard):  # before names are made for a billion layers
+        raise CheckpointError(f"params.json asks for {args.n_layers} layers, but {path} holds {len(shard)} tensors")
+    shapes = tensor_shapes(args)
+    missing = [name for name in shapes if name not in shard]
+    if missing:
+        raise CheckpointError(f"{path} lacks {some(missing)}; params.json asks for {len(shapes)} tensors")
+    extra = [shown(name) for name in shard if name not in shapes and name not in IGNORED]
+    if extra:
+        raise CheckpointError(f"{path} holds {some(extra)}, which params.json has no place for")
+    wrong, factors = [], set()
+    for name, full in shapes.items():
+        expected, axis = list(full), shard_dim(name)
+        if axis is not None:
+            if expected[axis] % count:
+                raise CheckpointError(f"{name} of {expected} cannot be spread over the {count} files found")
+            expected[axis] //= count
+        found = list(shard[name].shape)
+        if found != expected:
+            wrong.append(f"{name} is {found}, expected {expected}")
+        if axis is not None and len(found) == 2 and found[axis] and full[axis] % found[axis] == 0:
+            factors.add(full[axis] // found[axis])
+    if wrong:
+        if len(factors) == 1 and count not in factors:
+            hint = f". Such shapes belong to a checkpoint of {factors.pop()} files: are some missing here?"
+        else:
+            hint = vocabulary_hint(wrong, args, words)
+        raise CheckpointError(f"{path}, one of {count} files: {some(wrong)}{hint}")
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -170,45 +172,3 @@ def _read_params(folder: Path) -> dict[str, object]:
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks params.json")
     return read_json(path)
-
-
-def _open_shard(path: Path) -> dict[str, Tensor]:
-    """Map one file. Only tensors are unpickled: a file that wants to run code is refused."""
-    with path.open("rb") as file:
-        head = file.read(512)
-    refuse_page(path, head)
-    if not head.startswith(b"PK"):
-        raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is not a PyTorch zip file; it begins {head[:8]!r}")
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors; loading it could run code of its author, so it is refused"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read, it is probably truncated: "
-            f"compare its md5 with checklist.chk and download it again"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise CheckpointError(f"{path} is not a dict of tensors with names")
-    for name, tensor in state.items():
-        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_floating_point()
-        if not plain:
-            kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise CheckpointError(
-                f"{path} holds {name} as {kind}; a dense tensor of floating-point numbers was expected"
-            )
-    return state
-
-
-def _overlapping(parts: list[Tensor], dim: int, start: int, stop: int) -> list[Tensor]:
-    """Cut [start, stop) along dim out of the parts' concatenation."""
-    cut, offset = [], 0
-    for part in parts:
-        extent = part.shape[dim]
-        low, high = max(start, offset), min(stop, offset + extent)
-        if low < high:
-            cut.append(part.narrow(dim, low - offset, high - low))
-        offset += extent
-    return cut

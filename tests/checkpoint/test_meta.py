@@ -72,13 +72,32 @@ def test_replicated_kv_heads_are_whole_heads() -> None:
     assert spans == [(0, head * head_dim, (head + 1) * head_dim) for head in (0, 0, 0, 0, 1, 1, 1, 1)]
 
 
-def test_what_is_read_is_a_copy_and_survives_remapping(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("codellama.checkpoint.meta.REOPEN_BYTES", 1000)
+def test_what_is_read_is_a_copy_and_a_file_that_shrinks_is_refused(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     read = {name: checkpoint.read(name) for name in checkpoint.names()}
     for path in folder.glob("*.pth"):
         os.truncate(path, 0)
     assert all(torch.equal(read[name], WEIGHTS[name]) for name in WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth has become shorter"):
+        checkpoint.read("output.weight", 1, 3, 7)
+
+
+def test_tensors_that_share_storages_or_lie_crosswise(folder: Path) -> None:
+    """`torch.save` keeps views as they are."""
+    q, o = "layers.0.attention.wq.weight", "layers.1.attention.wo.weight"
+    both = torch.cat([WEIGHTS["norm.weight"], WEIGHTS[q][24:].flatten()])
+    crosswise = torch.nn.Parameter(WEIGHTS[o][:, 24:].t().contiguous().t())
+    rewrite(folder, 1, **{"norm.weight": both[:48], q: both[48:].view(24, 48), o: crosswise})
+    checkpoint = open_checkpoint(folder)
+    for name in (q, o, "norm.weight"):
+        assert torch.equal(checkpoint.read(name), WEIGHTS[name])
+    assert torch.equal(checkpoint.read(o, 1, 30, 41), WEIGHTS[o][:, 30:41])
+
+
+def test_files_that_differ_in_dtype(folder: Path) -> None:
+    rewrite(folder, 1, **{"norm.weight": WEIGHTS["norm.weight"].half()})
+    with pytest.raises(CheckpointError, match=r"01\.pth holds norm\.weight as torch\.float16; consolidated\.00"):
+        open_checkpoint(folder)
 
 
 def test_stray_files_and_rope_freqs_are_ignored(folder: Path) -> None:
@@ -128,7 +147,7 @@ def test_the_last_shard_is_missing(folder: Path) -> None:
 @pytest.mark.parametrize("tensor", [torch.ones(48, 24, dtype=torch.int8), torch.ones(48, 24).to_sparse()])
 def test_tensors_that_are_no_dense_floats(folder: Path, tensor: torch.Tensor) -> None:
     rewrite(folder, 1, **{"layers.1.attention.wo.weight": tensor})
-    with pytest.raises(CheckpointError, match=r"holds layers\.1\.attention\.wo\.weight as .*; a dense tensor"):
+    with pytest.raises(CheckpointError, match=r"holds 'layers\.1\.attention\.wo\.weight' as .*; a dense tensor"):
         open_checkpoint(folder)
 
 
@@ -182,7 +201,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth lacks layers\.1\.attention\.wo\.weight"):
         open_checkpoint(folder)
     rewrite(folder, 1, **{"layers.1.attention.wo.weight": torch.ones(48, 23), "extra.weight": torch.ones(1)})
-    with pytest.raises(CheckpointError, match=r"holds extra\.weight"):
+    with pytest.raises(CheckpointError, match=r"holds 'extra\.weight'"):
         open_checkpoint(folder)
     rewrite(folder, 1, **{"extra.weight": None})
     with pytest.raises(CheckpointError, match=r"layers\.1\.attention\.wo\.weight is \[48, 23\], expected \[48, 24\]"):

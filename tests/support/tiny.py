@@ -86,7 +86,8 @@ def tiny_checkpoint(
 ) -> Path:
     """Write a folder in Meta's layout."""
     weights = random_weights(args, seed, dtype)
-    write_meta(folder, args, weights.items(), n_shards, tokenizer_bytes(pieces, args.vocab_size))
+    tensors = ((name, [tensor]) for name, tensor in weights.items())
+    write_meta(folder, args, tensors, n_shards, tokenizer_bytes(pieces, args.vocab_size))
     return folder
 
 

@@ -1,0 +1,125 @@
+"""From a checkpoint of any format to a folder of another: Meta's layout with any number of files, or Hugging Face's.
+
+Tensors pass through memory one after another, in pieces of rows. It knows nothing of how a format is read or written.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Never
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from codellama.checkpoint import open_checkpoint
+from codellama.checkpoint.huggingface_writer import write_huggingface
+from codellama.checkpoint.layout import Checkpoint, row_pieces, shard_dim
+from codellama.checkpoint.meta_writer import check_shards, write_meta
+from codellama.checkpoint.staging import staged_folder
+from codellama.device import choose_dtype
+from codellama.errors import CheckpointError
+
+PIECE_BYTES = 32 * 2**20
+"""Tensors on their way to Meta's layout are read in pieces of about this size; others whole."""
+
+WRITTEN = ("meta", "huggingface")
+"""Formats that can be written."""
+
+_OVERHEAD = 2**20
+"""What descriptions and directories of files take, generously."""
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    format: str,
+    model_parallel_size: int = 1,
+    dtype: str | torch.dtype | None = None,
+    tokenizer_path: str | Path | None = None,
+    rope_theta: float | None = None,
+    progress: bool = False,
+) -> None:
+    """Write a checkpoint of any format as a folder in another one.
+
+    The folder appears under its name when it is complete. If anything fails, nothing is left.
+
+    Args:
+        source: the checkpoint to read, as for `open_checkpoint`.
+        target: the folder to make; it must not exist.
+        format: meta or huggingface.
+        model_parallel_size: number of consolidated files, in Meta's layout.
+        dtype: bfloat16, float16 or float32; None keeps that of the source.
+        tokenizer_path: None means the tokenizer beside the source's weights, or inside them.
+        rope_theta: base of the rotary frequencies, where the source does not say it.
+        progress: show a bar on stderr when it takes longer than a second.
+
+    Raises:
+        CheckpointError: the source is not whole, the target exists or does not fit on the disk, or a number of the
+            source is too large for dtype.
+        ParallelSizeError: model_parallel_size does not divide the model.
+        ValueError: a format or dtype that cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    if format not in WRITTEN:
+        raise ValueError(f"format is {format!r}; one of {', '.join(WRITTEN)} was expected")
+    if format != "meta" and model_parallel_size != 1:
+        raise ValueError(f"model_parallel_size is {model_parallel_size}; only Meta's layout has a file for each rank")
+    kind = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
+    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{target} is inside of {source}, which is only read: name a folder outside of it")
+    checkpoint = open_checkpoint(source, tokenizer_path, rope_theta)
+    check_shards(checkpoint.args, model_parallel_size)
+    if format == "huggingface" and kind is None:
+        kind = _common_dtype(checkpoint)
+    sizes = _written_bytes(checkpoint, kind, model_parallel_size)
+    tokenizer = checkpoint.tokenizer().model_bytes
+    with (
+        staged_folder(target, sum(sizes.values()) + len(tokenizer) + model_parallel_size * _OVERHEAD) as folder,
+        tqdm(
+            total=sum(sizes.values()), unit="B", unit_scale=True, desc="converting", delay=1, disable=not progress
+        ) as bar,
+    ):
+        if kind is None or format == "meta":
+            tensors = _tensors(checkpoint, sizes, kind, PIECE_BYTES, bar)
+            write_meta(folder, checkpoint.args, tensors, model_parallel_size, tokenizer)
+        else:
+            tensors = _tensors(checkpoint, sizes, kind, sys.maxsize, bar)
+            whole = ((name, next(iter(piece))) for name, piece in tensors)
+            write_huggingface(folder, checkpoint.args, whole, tokenizer, kind)
+
+
+def _tensors(
+    checkpoint: Checkpoint, sizes: dict[str, int], dtype: torch.dtype | None, piece_bytes: int, bar: "tqdm[Never]"
+) -> Iterator[tuple[str, Iterable[Tensor]]]:
+    for name, size in sizes.items():
+        yield name, (_cast(name, piece, dtype or piece.dtype) for piece in row_pieces(checkpoint, name, piece_bytes))
+        bar.update(size)
+
+
+def _cast(name: str, piece: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = piece.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(piece.dtype).max
+    if narrower and not torch.equal(cast.isfinite(), piece.isfinite()):
+        raise CheckpointError(
+            f"{name} holds {piece.abs().max().item():g}, too large for {dtype}, which ends at "
+            f"{torch.finfo(dtype).max:g}: choose another dtype"
+        )
+    return cast
+
+
+def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Find the dtype that holds every tensor's numbers exactly; Hugging Face's config.json names one for all."""
+    return reduce(torch.promote_types, (checkpoint.read(name, 0, 0, 1).dtype for name in checkpoint.names()))
+
+
+def _written_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, copies: int) -> dict[str, int]:
+    """Bytes that each tensor takes in all files together; a tensor that is not split is in each of them."""
+    sizes = {}
+    for name in checkpoint.names():
+        itemsize = (dtype or checkpoint.read(name, 0, 0, 1).dtype).itemsize
+        count = torch.Size(checkpoint.shape(name)).numel()
+        sizes[name] = itemsize * count * (copies if shard_dim(name) is None else 1)
+    return sizes
