@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from codellama.errors import CheckpointError
+from codellama.errors import CheckpointError, shown
 
 LogitsProcessor = Callable[[Sequence[int], Any], Any]
 """(token ids so far, float32 logits [vocab_size]) → logits of the same shape."""
@@ -71,10 +71,7 @@ class ModelArgs:
     @property
     def hidden_dim(self) -> int:
         """Width of the feed-forward layer: 2/3 of 4·dim, widened, rounded up. Source: Llama 2's params.json."""
-        hidden = int(2 * 4 * self.dim / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
-        return -(-hidden // self.multiple_of) * self.multiple_of
+        return _hidden_dim(self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any], *, vocab_size: int, rope_theta: float | None = None) -> "ModelArgs":
@@ -101,16 +98,51 @@ class ModelArgs:
         values = dict(params)
         if values.get("vocab_size", -1) == -1:
             values["vocab_size"] = vocab_size
-        if values.get("rope_theta") is None:
-            if rope_theta is None:
-                raise CheckpointError(
-                    "params.json has no rope_theta, and a wrong one breaks the model silently: pass "
-                    "rope_theta=1000000.0 for Code Llama (10000.0 for 70B Python and Instruct, and for Llama 2)"
-                )
-            values["rope_theta"] = rope_theta
-        elif rope_theta is not None and rope_theta != values["rope_theta"]:
-            raise CheckpointError(f"rope_theta {rope_theta} was given, but params.json says {values['rope_theta']}")
+        values["rope_theta"] = choose_rope_theta(values.get("rope_theta"), rope_theta, "params.json")
         return cls(**values)
+
+
+def choose_rope_theta(found: Any, given: float | None, where: str) -> Any:
+    """Take the base of the rotary frequencies from the weights' description, or else from the caller.
+
+    Args:
+        found: what the description says; None where it says nothing.
+        given: what the caller says.
+        where: what an error message calls the description.
+
+    Raises:
+        CheckpointError: neither says it, or they differ.
+    """
+    if found is None and given is None:
+        raise CheckpointError(
+            f"{where} has no rope_theta, and a wrong one breaks the model silently: pass "
+            f"rope_theta=1000000.0 for Code Llama (10000.0 for 70B Python and Instruct, and for Llama 2)"
+        )
+    if found is not None and given is not None and found != given:
+        raise CheckpointError(f"rope_theta {given} was given, but {where} says {shown(found)}")
+    return given if found is None else found
+
+
+def feed_forward_rule(dim: int, hidden_dim: int) -> tuple[int, float | None]:
+    """Find a multiple_of and an ffn_dim_multiplier that give this feed-forward width, the published ones first.
+
+    Formats other than Meta's write the width itself. Both sizes are positive.
+    """
+    published: tuple[tuple[int, float | None], ...] = ((256, None), (4096, 1.3))
+    for multiple_of, multiplier in published:
+        if _hidden_dim(dim, multiple_of, multiplier) == hidden_dim:
+            return multiple_of, multiplier
+    if _hidden_dim(dim, 1, None) <= hidden_dim:
+        return hidden_dim, None  # rounded up to one times hidden_dim
+    # The half keeps the product clear of the integers on both sides, whatever the last bit of the division.
+    return hidden_dim, (hidden_dim + 0.5) / _hidden_dim(dim, 1, None)
+
+
+def _hidden_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    hidden = int(2 * 4 * dim / 3)
+    if ffn_dim_multiplier is not None:
+        hidden = int(ffn_dim_multiplier * hidden)
+    return -(-hidden // multiple_of) * multiple_of
 
 
 @dataclass(frozen=True, kw_only=True)

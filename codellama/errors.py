@@ -63,3 +63,9 @@ class NumericalError(CodeLlamaError, ArithmeticError):
 
 class RankError(CodeLlamaError, RuntimeError):
     """The group of processes cannot go on: another rank died, raised, or asked for something else."""
+
+
+def shown(value: object) -> str:
+    """Spell what a file holds for a message: one line of plain characters, cut after 80."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from codellama.checkpoint.gguf import GGUFCheckpoint
 from codellama.checkpoint.layout import Checkpoint, rank_span, tensor_shapes
 from codellama.checkpoint.meta import MetaCheckpoint, write_meta
 from codellama.errors import CheckpointError
@@ -18,7 +19,7 @@ from codellama.parallel import Parallel
 __all__ = ["Checkpoint", "load_model", "open_checkpoint", "tensor_shapes", "write_meta"]
 
 
-FORMATS: tuple[type[Checkpoint], ...] = (MetaCheckpoint,)
+FORMATS: tuple[type[Checkpoint], ...] = (MetaCheckpoint, GGUFCheckpoint)
 """Every weight format, in the order in which a folder that holds several of them is read."""
 
 

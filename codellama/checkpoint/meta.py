@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from codellama.checkpoint.faults import some
 from codellama.checkpoint.layout import shard_dim, tensor_shapes
 from codellama.config import ModelArgs
 from codellama.errors import CheckpointError
@@ -90,10 +91,10 @@ class MetaCheckpoint:
     def _check(self, path: Path, shard: dict[str, Tensor]) -> None:
         missing = [name for name in self._shapes if name not in shard]
         if missing:
-            raise CheckpointError(f"{path} lacks {_some(missing)}; params.json asks for {len(self._shapes)} tensors")
+            raise CheckpointError(f"{path} lacks {some(missing)}; params.json asks for {len(self._shapes)} tensors")
         extra = [name for name in shard if name not in self._shapes and name not in IGNORED]
         if extra:
-            raise CheckpointError(f"{path} holds {_some(extra)}, which params.json has no place for")
+            raise CheckpointError(f"{path} holds {some(extra)}, which params.json has no place for")
         count = len(self._paths)
         wrong, factors = [], set()
         for name, full in self._shapes.items():
@@ -116,7 +117,7 @@ class MetaCheckpoint:
                     f". The vocabulary has {self.args.vocab_size} pieces (tokenizer: {self._tokenizer.n_words}): "
                     f"is this the tokenizer.model that came with these weights?"
                 )
-            raise CheckpointError(f"{path}, one of {count} files: {_some(wrong)}{hint}")
+            raise CheckpointError(f"{path}, one of {count} files: {some(wrong)}{hint}")
 
 
 def write_meta(
@@ -164,7 +165,7 @@ def find_shards(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} holds no consolidated.00.pth: it is not a checkpoint in Meta's layout")
     absent = [f"consolidated.{i:02d}.pth" for i in range(max(numbered) + 1) if i not in numbered]
     if absent:
-        raise CheckpointError(f"{folder} lacks {_some(absent)}: download what is missing (see download.sh)")
+        raise CheckpointError(f"{folder} lacks {some(absent)}: download what is missing (see download.sh)")
     return [numbered[index] for index in sorted(numbered)]
 
 
@@ -222,9 +223,3 @@ def _overlapping(parts: list[Tensor], dim: int, start: int, stop: int) -> list[T
             cut.append(part.narrow(dim, low - offset, high - low))
         offset += extent
     return cut
-
-
-def _some(names: list[str]) -> str:
-    """Name a few, count the rest: hundreds of lines help nobody."""
-    shown = "; ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown}; and {len(names) - 3} more"
