@@ -244,13 +244,13 @@ def _read_args(header: Header, rope_theta: float | None) -> ModelArgs:
     if norm_eps is None:
         raise CheckpointError(f"{where} lacks {NORM_EPS}")
     multiple_of, multiplier = feed_forward_rule(checked["dim"], checked.pop("hidden_dim"))
-    args = ModelArgs(
-        **checked,
-        multiple_of=multiple_of,
-        ffn_dim_multiplier=multiplier,
-        norm_eps=norm_eps,
-        rope_theta=choose_rope_theta(header.find(ROPE_THETA, float), rope_theta, str(where)),
-    )
+    theta = choose_rope_theta(header.find(ROPE_THETA, float), rope_theta, str(where))
+    try:
+        args = ModelArgs(
+            **checked, multiple_of=multiple_of, ffn_dim_multiplier=multiplier, norm_eps=norm_eps, rope_theta=theta
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     for key in HEAD_SIZES:
         size = header.find(key, int)
         if size not in (None, args.head_dim):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import torch
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from torch import Tensor
 
@@ -92,7 +92,9 @@ def write_gguf(
     tokenizer = tiny.tokenizer_bytes(size=args.vocab_size) if tokenizer is None else tokenizer
     writer = GGUFWriter(path, name)
     for key, value in {**architecture(args), **vocabulary(tokenizer), **(values or {})}.items():
-        if isinstance(value, bool):
+        if key == "general.alignment":
+            writer.add_custom_alignment(value)
+        elif isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
@@ -135,11 +137,9 @@ def whole(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-class Pair:
-    """One key and its value, written by hand: for what the package does not write."""
-
-    def __init__(self, key: str, kind: GGUFValueType, value: bytes) -> None:
-        self.content = string(key) + struct.pack("<I", kind) + value
+def pair(key: str | bytes, kind: int, value: bytes) -> bytes:
+    """One key and its value of a header."""
+    return string(key) + struct.pack("<I", kind) + value
 
 
 def string(text: str | bytes) -> bytes:
