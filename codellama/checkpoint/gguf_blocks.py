@@ -43,8 +43,8 @@ BLOCKS: dict[int, Block] = {
     13: Block("Q5_K", 256, 176),
     14: Block("Q6_K", 256, 210),
 }
-"""What this package reads, by ggml's type number. IQ4_NL is here because llama.cpp writes it where a row of a Q2_K or
-Q3_K file is no multiple of 256."""
+"""What this package reads, by ggml's type number. Mixed files need the small blocks, too: where a row is no multiple of
+256, llama.cpp writes one of them in place of a K type."""
 
 UNREAD: dict[int, str] = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file against the SentencePiece file that it was made from; vocabularies that are wrong."""
+"""The tokenizer inside a GGUF file, against the SentencePiece file it was made from; vocabularies that are wrong."""
 
 import re
 from pathlib import Path
