@@ -111,7 +111,7 @@ class Llama:
         """Load a checkpoint, on one process or on as many as torchrun started.
 
         Args:
-            ckpt_dir: folder of the weights; None is the bundled demo checkpoint.
+            ckpt_dir: folder of the weights, or a GGUF file; None is the bundled demo checkpoint.
             tokenizer_path: None is `tokenizer.model` beside the weights.
             max_seq_len: tokens that a row of the cache holds, prompt and generation together.
             max_batch_size: requests that are decoded at once; a call with more queues them.

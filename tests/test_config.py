@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from codellama.config import ModelArgs, RuntimeArgs, SamplingParams
+from codellama.config import ModelArgs, RuntimeArgs, SamplingParams, feed_forward_rule
 from codellama.errors import CheckpointError
 
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 8, "vocab_size": 320, "rope_theta": 1e6}
@@ -249,3 +249,28 @@ def test_logits_processor_is_callable() -> None:
 )
 def test_greedy(given: dict[str, Any], greedy: bool) -> None:
     assert SamplingParams(**given).greedy is greedy
+
+
+@pytest.mark.parametrize(
+    ("dim", "hidden_dim", "rule"),
+    [
+        (4096, 11008, (256, None)),
+        (5120, 13824, (256, None)),
+        (8192, 22016, (256, None)),
+        (8192, 28672, (4096, 1.3)),
+        (256, 704, (704, None)),
+    ],
+)
+def test_feed_forward_rule_of_known_models(dim: int, hidden_dim: int, rule: tuple[int, float | None]) -> None:
+    assert feed_forward_rule(dim, hidden_dim) == rule
+
+
+@pytest.mark.parametrize("dim", [2, 48, 96, 4096, 2**31 - 2])
+@pytest.mark.parametrize("hidden_dim", [1, 2, 7, 128, 129, 11007, 2**31 - 1])
+def test_any_width_has_a_rule(dim: int, hidden_dim: int) -> None:
+    multiple_of, multiplier = feed_forward_rule(dim, hidden_dim)
+    args = ModelArgs(
+        dim=dim, n_layers=1, n_heads=1, vocab_size=1, rope_theta=1e4, multiple_of=multiple_of,
+        ffn_dim_multiplier=multiplier,
+    )  # fmt: skip
+    assert args.hidden_dim == hidden_dim

@@ -15,6 +15,8 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from codellama import ModelArgs, ParallelSizeError, RuntimeArgs, SamplingParams, cli
+from codellama.checkpoint.gguf import NAMES
+from codellama.checkpoint.gguf_blocks import BLOCKS
 from codellama.checkpoint.layout import SHARD_DIM
 from codellama.memory import plan_budget
 from codellama.parallel import Parallel
@@ -304,6 +306,15 @@ def test_axes() -> None:
         for tensor, axis, _ in section(ROOT / "docs/checkpoints.md", "tensor")
     }
     assert axes == SHARD_DIM
+
+
+def test_names_of_gguf() -> None:
+    assert dict(section(ROOT / "docs/checkpoints.md", "Meta's")) == NAMES
+
+
+def test_block_types_of_gguf() -> None:
+    rows = section(ROOT / "docs/checkpoints.md", "type")
+    assert rows == [[block.name, str(block.values), str(block.nbytes)] for block in BLOCKS.values()]
 
 
 def test_error_messages() -> None:

@@ -7,15 +7,18 @@ of llama.cpp, and the `gguf` package, whose `quants.dequantize` does the arithme
 
 from dataclasses import dataclass
 from io import RawIOBase
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from codellama.errors import CheckpointError
 
-PIECE_VALUES = 2**22
-"""A part is read and de-quantized in pieces of rows of about so many values, which bounds the workspace to some 100 MB
-whatever the tensor."""
+if TYPE_CHECKING:
+    import numpy
+
+PIECE_VALUES = 2**18
+"""Blocks are de-quantized in pieces of rows of about so many values, which bounds the workspace whatever the tensor."""
 
 
 @dataclass(frozen=True)
@@ -95,20 +98,24 @@ def read_part(
         integer of 4 to 8 bits does not fit the mantissa of a 16-bit type.
     """
     assert width % block.values == 0, f"rows of {width} in blocks of {block.values}"
-    part = torch.empty(rows[1] - rows[0], columns[1] - columns[0], dtype=PLAIN.get(block.name, torch.float32))
-    if not part.numel():
-        return part
+    shape = rows[1] - rows[0], columns[1] - columns[0]
+    if 0 in shape:
+        return torch.empty(shape, dtype=PLAIN.get(block.name, torch.float32))
     first, last = columns[0] // block.values, -(-columns[1] // block.values)
     row_bytes = width // block.values * block.nbytes
-    left, nbytes = first * block.nbytes, (last - first) * block.nbytes
+    begin = offset + rows[0] * row_bytes + first * block.nbytes
+    nbytes = (last - first) * block.nbytes
+    if block.name in PLAIN:
+        content = _read_rectangle(file, begin, row_bytes, shape[0], nbytes)
+        return torch.frombuffer(content, dtype=PLAIN[block.name]).view(shape)
+    part = torch.empty(shape)
     skipped = columns[0] - first * block.values
     step = max(1, PIECE_VALUES // ((last - first) * block.values))
-    for row in range(rows[0], rows[1], step):
-        count = min(step, rows[1] - row)
-        content = _read_rectangle(file, offset + row * row_bytes + left, row_bytes, count, nbytes)
-        decoded = _decode(content, block, count)
-        begin = row - rows[0]
-        part[begin : begin + count] = decoded[:, skipped : skipped + part.shape[1]]
+    for row in range(0, shape[0], step):
+        count = min(step, shape[0] - row)
+        content = _read_rectangle(file, begin + row * row_bytes, row_bytes, count, nbytes)
+        # Assigned by NumPy: torch would wake all its threads for each piece.
+        part.numpy()[row : row + count] = _dequantize(content, block, count)[:, skipped : skipped + shape[1]]
     return part
 
 
@@ -129,15 +136,13 @@ def _read_rectangle(file: RawIOBase, begin: int, row_bytes: int, rows: int, nbyt
     return content
 
 
-def _decode(content: bytearray, block: Block, rows: int) -> Tensor:
+def _dequantize(content: bytearray, block: Block, rows: int) -> "numpy.ndarray[Any, Any]":
     """Turn the bytes of whole blocks into numbers [rows, ...]."""
-    if block.name in PLAIN:
-        return torch.frombuffer(content, dtype=PLAIN[block.name]).view(rows, -1)
-    import numpy as np
+    import numpy
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    blocks = np.frombuffer(content, dtype=np.uint8).reshape(rows, -1)
+    blocks = numpy.frombuffer(content, dtype=numpy.uint8).reshape(rows, -1)
     # A scale that is NaN or infinite is a fault of the weights. It shows as NaN logits, as from any other format.
-    with np.errstate(invalid="ignore", over="ignore"):
-        return torch.from_numpy(dequantize(blocks, GGMLQuantizationType(NUMBERS[block.name])))
+    with numpy.errstate(invalid="ignore", over="ignore"):
+        return dequantize(blocks, GGMLQuantizationType(NUMBERS[block.name]))

@@ -8,7 +8,6 @@ import pytest
 
 from codellama.checkpoint import open_checkpoint
 from tests.golden import make_gguf
-from tests.support import gguf
 from tests.support.agreement import Agreement, compare, our_log_probs
 
 
@@ -26,7 +25,7 @@ def agreement(path: Path, model: str, kind: str) -> Agreement:
 
 @pytest.mark.parametrize("kind", make_gguf.BLOCKS)
 def test_blocks_of_the_package_hold_the_weights_that_llama_cpp_sees(kind: str, tmp_path: Path) -> None:
-    path = gguf.write_gguf(tmp_path / "blocks.gguf", gguf.ARGS, kind=kind)
+    path = make_gguf.write_blocks(tmp_path / "blocks.gguf", kind)
     assert make_gguf.digest(path).tolist() == stored(f"blocks-{kind}.digest").tolist()
 
 

@@ -1,6 +1,6 @@
 """Write tests/golden/gguf.npz and tests/golden/tiny-*.gguf: what llama.cpp makes of GGUF files, and from them.
 
-    .venv/bin/python -m pip install --target build/llama_cpp llama-cpp-python==0.3.36
+    pip install --target build/llama_cpp --no-deps llama-cpp-python==0.3.36 diskcache
     PYTHONPATH=build/llama_cpp .venv/bin/python -m tests.golden.make_gguf
 
 The first command compiles llama.cpp, 10 to 20 minutes on two cores. The second one prints how far our distributions are
@@ -21,7 +21,7 @@ import fire
 import numpy as np
 import torch
 
-from codellama.checkpoint import open_checkpoint
+from codellama.checkpoint import open_checkpoint, tensor_shapes
 from codellama.checkpoint.gguf_header import read_header
 from codellama.config import ModelArgs
 from codellama.llama import DEMO
@@ -115,6 +115,16 @@ def write_demo(path: Path, kind: str) -> Path:
     return gguf.write_gguf(path, checkpoint.args, weights, checkpoint.tokenizer().model_bytes, kind)
 
 
+def write_blocks(path: Path, kind: str) -> Path:
+    """A small file in a type that the gguf package writes, from numbers that are the same on every machine."""
+    rng = np.random.default_rng(13)
+    weights = {
+        name: torch.from_numpy(rng.integers(-2000, 2001, shape).astype(np.float32) / 2000)
+        for name, shape in tensor_shapes(gguf.ARGS).items()
+    }
+    return gguf.write_gguf(path, gguf.ARGS, weights, kind=kind)
+
+
 def digest(path: Path) -> np.ndarray:
     """SHA-256 of all weights in float32, in the order of their canonical names, as open_checkpoint reads them."""
     checkpoint = open_checkpoint(path)
@@ -182,7 +192,7 @@ def main() -> str:
             stored[f"{path.stem}.digest"] = digest_as_llama_cpp(path)
             shutil.copy(path, FOLDER)
         for kind in BLOCKS:
-            path = gguf.write_gguf(folder / f"blocks-{kind}", gguf.ARGS, kind=kind)
+            path = write_blocks(folder / f"blocks-{kind}", kind)
             stored[f"blocks-{kind}.digest"] = digest_as_llama_cpp(path)
         words = llama_cpp.Llama(str(folder / "demo-F16"), vocab_only=True, verbose=False)
         ids = [words.tokenize(text.encode(), add_bos=False, special=False) for text in texts()]
