@@ -50,6 +50,7 @@ def assemble(
     dtype: str | torch.dtype | None,
     seed: int | None,
     rope_theta: float | None,
+    checkpoint_format: str | None,
     progress: bool | None,
 ) -> Parts:
     """Load a checkpoint and make all that generates with it; the arguments are those of `Llama.build`.
@@ -67,15 +68,16 @@ def assemble(
     first = parallel.world_rank == 0
     if ckpt_dir is None and first:
         logger.info("no ckpt_dir given: using the bundled demo checkpoint, a small model that is not Meta's")
+    path = DEMO if ckpt_dir is None else ckpt_dir
     checkpoint = parallel.agree(
-        lambda: open_checkpoint(DEMO if ckpt_dir is None else ckpt_dir, tokenizer_path, rope_theta)
+        lambda: open_checkpoint(path, tokenizer_path, rope_theta, checkpoint_format=checkpoint_format)
     )
 
     def check() -> str:
         parallel.check_divides(checkpoint.args)
         budget = plan_budget(checkpoint.args, runtime, parallel.size, kind.itemsize)
         free = free_memory(place)
-        budget.check(free, runtime)
+        budget.check(free)
         return budget.describe(free)
 
     line = parallel.agree(check)

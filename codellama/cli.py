@@ -1,11 +1,11 @@
-"""The command `codellama`: complete, infill and chat in a terminal, alone or under torchrun.
+"""The command `codellama`: complete, infill and chat in a terminal, alone or under torchrun; look after checkpoints.
 
 A command is a function in COMMANDS; its parameters are the flags, and its docstring is the help. It checks what can be
 checked without torch first. All that is done with a model is the generator's.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from codellama import __version__
@@ -33,13 +33,14 @@ def complete(
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    checkpoint_format: str | None = None,
 ) -> None:
     """Continue a text and print both as the continuation grows.
 
     Args:
         file: the text to continue; without it, or with -, standard input.
         prompt (TEXT): the text itself, in place of FILE.
-        ckpt_dir (FOLDER): the weights; without it, the small demo checkpoint.
+        ckpt_dir (FOLDER): the weights, also a GGUF file; without it, the small demo checkpoint.
         tokenizer_path (FILE): without it, tokenizer.model beside the weights.
         temperature: 0 always takes the most probable token; higher draws more freely.
         top_p: draw from the most probable tokens that together have this probability.
@@ -48,6 +49,7 @@ def complete(
         seed: makes the result repeat; without it, each run draws anew.
         device (NAME): cpu, cuda or cuda:N; without it, the GPU where there is one.
         dtype (NAME): bfloat16, float16 or float32; without it, what the device computes best.
+        checkpoint_format (NAME): meta, huggingface or gguf, for a folder that holds several; without it, the first.
 
     Examples:
         codellama complete unfinished.py --ckpt_dir CodeLlama-7b
@@ -56,7 +58,7 @@ def complete(
     """
     _check(temperature, top_p, max_gen_len, seed, max_seq_len)
     text = _read(file, prompt)
-    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype)
+    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, checkpoint_format)
     _show(llama, llama.stream_completion(text, temperature, top_p, max_gen_len), before=text)
 
 
@@ -73,6 +75,7 @@ def infill(
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    checkpoint_format: str | None = None,
     suffix_first: bool = False,
 ) -> None:
     """Fill the gap marked <FILL> in a text and print the whole.
@@ -88,7 +91,7 @@ def infill(
     """
     _check(temperature, top_p, max_gen_len, seed, max_seq_len)
     prefix, suffix = split_prompt(_read(file, prompt))
-    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype)
+    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, checkpoint_format)
     pieces = llama.stream_infilling(prefix, suffix, temperature, top_p, max_gen_len, suffix_first)
     _show(llama, pieces, before=prefix, after=suffix)
 
@@ -107,6 +110,7 @@ def chat(
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    checkpoint_format: str | None = None,
 ) -> None:
     """Ask an Instruct model one question, or talk with it until Ctrl-D.
 
@@ -127,7 +131,7 @@ def chat(
     once = file is not None or prompt is not None or not sys.stdin.isatty()
     question = _read(file, prompt) if once else ""
     dialog: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype)
+    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, checkpoint_format)
     while True:
         try:
             question = question if once else llama.parallel.share(_ask)
@@ -149,12 +153,128 @@ def chat(
             dialog = [*turn, {"role": "assistant", "content": answer}]
 
 
-COMMANDS = {"complete": complete, "infill": infill, "chat": chat}
+def convert(
+    source: str,
+    target: str,
+    *,
+    format: str = "meta",
+    model_parallel_size: int = 1,
+    dtype: str | None = None,
+    tokenizer_path: str | None = None,
+    rope_theta: float | None = None,
+) -> None:
+    """Write weights of any format as a folder in another one.
+
+    That is Meta's layout, in any number of files, or Hugging Face's. Memory stays small, whatever the model. The folder
+    appears when it is whole; nothing is overwritten.
+
+    Args:
+        source: the folder or GGUF file to read.
+        target: the folder to make.
+        format (NAME): meta or huggingface.
+        model_parallel_size: number of files, in Meta's layout.
+        dtype (NAME): bfloat16, float16 or float32; without it, that of the source.
+        rope_theta: base of the rotary frequencies, where the source does not say it.
+
+    Examples:
+        codellama convert CodeLlama-7b-hf CodeLlama-7b
+        codellama convert CodeLlama-7b CodeLlama-7b-two --model_parallel_size 2 --dtype float16
+        codellama convert codellama-7b.Q8_0.gguf CodeLlama-7b-hf --format huggingface --dtype bfloat16
+    """
+    from codellama.checkpoint.convert import convert
+
+    convert(
+        source,
+        target,
+        format=format,
+        model_parallel_size=model_parallel_size,
+        dtype=dtype,
+        tokenizer_path=tokenizer_path,
+        rope_theta=rope_theta,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def verify(
+    path: str,
+    *,
+    full: bool = False,
+    checkpoint_format: str | None = None,
+    tokenizer_path: str | None = None,
+    rope_theta: float | None = None,
+) -> None:
+    """Look for faults in weights.
+
+    Files, md5 sums, names, shapes, values, tokenizer: each is a line of the report. The exit status is 1 if there are
+    faults.
+
+    Args:
+        path: the folder or GGUF file.
+        full: look at every value, where a sample is looked at otherwise.
+
+    Examples:
+        codellama verify CodeLlama-7b
+        codellama verify codellama-7b.Q8_0.gguf --full
+    """
+    from codellama.checkpoint.verify import verify
+
+    report = verify(
+        path,
+        full=full,
+        checkpoint_format=checkpoint_format,
+        tokenizer_path=tokenizer_path,
+        rope_theta=rope_theta,
+    )
+    print(report.format())
+    if not report.ok:
+        sys.exit(1)
+
+
+def info(
+    path: str,
+    *,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 4,
+    dtype: str | None = None,
+    checkpoint_format: str | None = None,
+    tokenizer_path: str | None = None,
+    rope_theta: float | None = None,
+) -> None:
+    """Say what a checkpoint is, without loading it.
+
+    The memory is told for 1, 2, 4 and 8 processes, where they divide the model.
+
+    Args:
+        path: the folder or GGUF file.
+        max_batch_size: prompts that are generated for at once.
+
+    Examples:
+        codellama info codellama-7b.Q8_0.gguf
+        codellama info CodeLlama-13b --max_seq_len 16384 --max_batch_size 1
+    """
+    from codellama.checkpoint.info import info
+
+    print(
+        info(
+            path,
+            max_seq_len,
+            max_batch_size,
+            dtype,
+            checkpoint_format=checkpoint_format,
+            tokenizer_path=tokenizer_path,
+            rope_theta=rope_theta,
+        ).describe()
+    )
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "complete": complete, "infill": infill, "chat": chat, "convert": convert, "verify": verify, "info": info
+}  # fmt: skip
 
 
 def main() -> None:
     """Run the command that the command line names."""
-    about = "Complete, infill and chat with Code Llama models; text appears as it is generated."
+    about = "Complete, infill and chat with Code Llama models; convert, verify and describe their weights."
     run_command(COMMANDS, "codellama", about=about, version=__version__)
 
 
@@ -171,10 +291,20 @@ def _build(
     seed: int | None,
     device: str | None,
     dtype: str | None,
+    checkpoint_format: str | None,
 ) -> "Llama":
     from codellama.llama import Llama  # late: help and a misspelled flag need no torch
 
-    return Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, seed=seed, device=device, dtype=dtype)
+    return Llama.build(
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size=1,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        checkpoint_format=checkpoint_format,
+    )
 
 
 def _read(file: str | None, prompt: str | None) -> str:

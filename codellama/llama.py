@@ -88,11 +88,12 @@ class Llama:
         rope_theta: float | None = None,
         chunk_size: int = 2048,
         progress: bool | None = None,
+        checkpoint_format: str | None = None,
     ) -> "Llama":
         """Load a checkpoint, on one process or on as many as torchrun started.
 
         Args:
-            ckpt_dir: folder of the weights; None is the bundled demo checkpoint.
+            ckpt_dir: folder of the weights, or a GGUF file; None is the bundled demo checkpoint.
             tokenizer_path: None is `tokenizer.model` beside the weights.
             max_seq_len: tokens that a row of the cache holds, prompt and generation together.
             max_batch_size: requests that are decoded at once; a call with more queues them.
@@ -103,6 +104,7 @@ class Llama:
             seed: makes the requests that bring no seed of their own repeat from run to run.
             rope_theta: for a params.json that has none.
             chunk_size: prompts are prefilled in chunks of so many tokens.
+            checkpoint_format: meta, huggingface or gguf, for a folder that holds several; None finds it.
             progress: show a loading bar; None is on world rank 0 when stderr is a terminal.
 
         Raises:
@@ -113,9 +115,11 @@ class Llama:
         """
         runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size)
         llama = Llama.__new__(Llama)
-        llama._hold(
-            assemble(ckpt_dir, tokenizer_path, runtime, model_parallel_size, device, dtype, seed, rope_theta, progress)
-        )
+        parts = assemble(
+            ckpt_dir, tokenizer_path, runtime, model_parallel_size, device, dtype, seed, rope_theta, checkpoint_format,
+            progress,
+        )  # fmt: skip
+        llama._hold(parts)
         return llama
 
     def close(self) -> None:

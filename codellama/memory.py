@@ -4,7 +4,8 @@ It knows nothing of how memory is allocated; sizes follow from the architecture 
 """
 
 import os
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from codellama.config import ModelArgs, RuntimeArgs
@@ -13,32 +14,63 @@ from codellama.errors import MemoryBudgetError
 _CGROUP = "/sys/fs/cgroup"
 
 
+MASK_BYTES = 16 * 2**20
+"""Bound of the attention masks that exist at once, whatever the length of the cache."""
+
+LOGITS_BYTES = 16 * 2**20
+"""Bound of the logits that exist at once where a prompt is scored, with all that is made of them."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """Bytes that one rank needs.
 
     Attributes:
-        weights: this rank's parameters.
-        position: cache for one position of all rows.
-        cache: all rows at max_seq_len.
-        chunk_token: intermediate results for one token of a prefill chunk, roughly.
-        logits: one row of the vocabulary for each cache row, twice.
-        workspace: a chunk's intermediate results and the logits.
+        args: the architecture.
+        runtime: rows, their length, and the chunk.
+        size: model-parallel size.
+        itemsize: bytes of one weight, and of one number in the cache.
     """
 
-    weights: int
-    position: int
-    cache: int
-    chunk_token: int
-    logits: int
-    workspace: int
+    args: ModelArgs
+    runtime: RuntimeArgs
+    size: int
+    itemsize: int
+
+    @property
+    def weights(self) -> int:
+        """This rank's parameters."""
+        args = self.args
+        split = 2 * args.vocab_size * args.dim // self.size
+        split += args.n_layers * (2 * args.dim * args.dim + 3 * args.dim * args.hidden_dim) // self.size
+        copied = args.n_layers * 2 * args.dim * self._kv_dim + (2 * args.n_layers + 1) * args.dim
+        return (split + copied) * self.itemsize
+
+    @property
+    def cache(self) -> int:
+        """All rows at max_seq_len."""
+        position = 2 * self.args.n_layers * self._kv_dim * self.itemsize
+        return position * self.runtime.max_batch_size * self.runtime.max_seq_len
+
+    @property
+    def workspace(self) -> int:
+        """What a step needs beside them: the larger of prefilling a chunk, scoring it, and decoding all rows."""
+        args, runtime = self.args, self.runtime
+        chunk = min(runtime.chunk_size, runtime.max_seq_len)
+        mask = min(MASK_BYTES, chunk * runtime.max_seq_len * (1 + self.itemsize)) if chunk < runtime.max_seq_len else 0
+        prefill = chunk * self._token_bytes() + mask
+        per_logits = logits_bytes(args.vocab_size, self.itemsize)
+        score = 2 * chunk * args.dim * self.itemsize + min(LOGITS_BYTES, chunk * per_logits)
+        rows = runtime.max_batch_size
+        decode = rows * (self._token_bytes() + runtime.max_seq_len * (1 + self.itemsize) + per_logits)
+        return max(prefill, score, decode + 6 * 8 * args.vocab_size)  # sampling computes in float64, row by row
 
     @property
     def total(self) -> int:
         """All that one rank needs."""
         return self.weights + self.cache + self.workspace
 
-    def check(self, free: int | None, runtime: RuntimeArgs) -> None:
+    def check(self, free: int | None) -> None:
         """Refuse what cannot fit, before anything is allocated.
 
         Raises:
@@ -46,12 +78,13 @@ class Budget:
         """
         if free is None or self.total <= free:
             return
-        room = free - self.weights - self.logits
-        longest = (room - runtime.chunk_size * self.chunk_token) // self.position
-        if longest < runtime.chunk_size:  # then the chunk is as short as the row
-            longest = room // (self.position + self.chunk_token)
+        longest = bisect_left(
+            range(1, self.runtime.max_seq_len),
+            True,
+            key=lambda length: replace(self, runtime=replace(self.runtime, max_seq_len=length)).total > free,
+        )
         if longest > 0:
-            advice = f"max_seq_len up to {longest} fits with max_batch_size {runtime.max_batch_size}"
+            advice = f"max_seq_len up to {longest} fits with max_batch_size {self.runtime.max_batch_size}"
         else:
             advice = "even without a cache it does not fit: spread it over more ranks, or use a smaller dtype"
         raise MemoryBudgetError(f"{self.describe(free)}: {advice}")
@@ -64,33 +97,43 @@ class Budget:
             f"{format_bytes(self.workspace)} = {format_bytes(self.total)}, {available}"
         )
 
+    @property
+    def _kv_dim(self) -> int:
+        return max(1, self.args.kv_heads // self.size) * self.args.head_dim
+
+    def _token_bytes(self) -> int:
+        """Intermediate results for one token of a chunk: the largest of what a block holds at once."""
+        dim, item = self.args.dim, self.itemsize
+        heads, hidden = dim // self.size, self.args.hidden_dim // self.size
+        wide = 4 if item < 4 else 0  # a copy in float32
+        residual = 2 * dim * item  # the stream, and its norm
+        norm = dim * (item + 8)
+        projected = (heads + 2 * self._kv_dim) * item
+        rotation = heads * (8 + wide)
+        mixing = 2 * heads * item
+        feed_forward = 3 * hidden * item
+        angles = 12 * self.args.head_dim
+        return angles + residual + max(norm, projected + max(rotation, mixing), feed_forward)
+
 
 def plan_budget(args: ModelArgs, runtime: RuntimeArgs, size: int, itemsize: int) -> Budget:
-    """Add up what a rank needs.
+    """Add up what a rank needs; see Budget for the arguments."""
+    return Budget(args, runtime, size, itemsize)
 
-    Args:
-        args: the architecture.
-        runtime: rows, their length, and the chunk.
-        size: model-parallel size.
-        itemsize: bytes of one weight, and of one number in the cache.
-    """
-    kv_dim = max(1, args.kv_heads // size) * args.head_dim
-    split = 2 * args.vocab_size * args.dim // size
-    split += args.n_layers * (2 * args.dim * args.dim + 3 * args.dim * args.hidden_dim) // size
-    copied = args.n_layers * 2 * args.dim * kv_dim + (2 * args.n_layers + 1) * args.dim
-    position = 2 * args.n_layers * kv_dim * itemsize * runtime.max_batch_size
-    chunk = min(runtime.chunk_size, runtime.max_seq_len)
-    # Residual, norm in float32, queries, keys, values and attention's result, two halves of the feed-forward layer.
-    width = args.dim * (2 * itemsize + 8) + (3 * args.dim + 2 * args.hidden_dim) // size * itemsize
-    logits = 2 * 4 * args.vocab_size * runtime.max_batch_size
-    return Budget(
-        weights=(split + copied) * itemsize,
-        position=position,
-        cache=position * runtime.max_seq_len,
-        chunk_token=width,
-        logits=logits,
-        workspace=chunk * width + logits,
-    )
+
+def logits_bytes(vocab_size: int, itemsize: int) -> int:
+    """Bytes for one position's logits: as they are computed and joined, in float32, their check, their softmax."""
+    return vocab_size * (2 * itemsize + 4 + 1 + 4)
+
+
+def logits_tile(vocab_size: int, itemsize: int) -> int:
+    """Positions whose logits exist at once; the same on every rank."""
+    return max(1, LOGITS_BYTES // logits_bytes(vocab_size, itemsize))
+
+
+def query_tile(rows: int, length: int, itemsize: int) -> int:
+    """Queries that attend at once to a cache of this length: for each pair one truth value and one number."""
+    return max(1, MASK_BYTES // (rows * length * (1 + itemsize)))
 
 
 def free_host_memory() -> int | None:

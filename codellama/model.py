@@ -16,10 +16,8 @@ from torch.nn import functional as F
 
 from codellama.cache import KVCache
 from codellama.config import ModelArgs
+from codellama.memory import query_tile
 from codellama.parallel import ColumnParallelLinear, Parallel, ParallelEmbedding, RowParallelLinear
-
-QUERY_TILE = 256
-"""Queries that attend at once against a longer cache: bounds the mask to QUERY_TILE · G · S elements."""
 
 
 class RMSNorm(nn.Module):
@@ -71,8 +69,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
     """Causal attention: a token at position p sees the cache positions 0 … p.
 
-    Neither keys nor values are repeated for grouped heads: the G query heads of a key/value head become further rows of
-    its query. Positions must rise by one along a row, so S = T can only mean that they are 0 … T-1.
+    Neither keys nor values are repeated for grouped heads. Positions must rise by one along a row, so S = T can only
+    mean that they are 0 … T-1.
 
     Args:
         query: `[B, T, H, D]`.
@@ -91,14 +89,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tens
         )  # [B, H, T, D]
         return mixed.transpose(1, 2)
     columns = torch.arange(S, device=positions.device)
-    tiles = []
-    for start in range(0, T, QUERY_TILE):
-        tile = query[:, start : start + QUERY_TILE].view(B, -1, K, G, D).transpose(1, 2)  # [B, K, t, G, D]
-        mask = columns <= positions[:, start : start + QUERY_TILE, None]  # [B, t, S]
-        mask = mask[:, None].repeat_interleave(G, dim=2)  # [B, 1, t·G, S]
-        mixed = F.scaled_dot_product_attention(tile.flatten(2, 3), key, value, attn_mask=mask)  # [B, K, t·G, D]
-        tiles.append(mixed.view(B, K, -1, G, D).transpose(1, 2))  # [B, t, K, G, D]
-    return torch.cat(tiles, dim=1).view(B, T, H, D)
+    if T == 1:  # the heads that share a key become the rows of its query
+        mask = (columns <= positions[:, :, None])[:, None]  # [B, 1, 1, S]
+        return F.scaled_dot_product_attention(query.view(B, K, G, D), key, value, attn_mask=mask).view(B, 1, H, D)
+    # One mask for all heads: keys are laid out per group by a view, and the mask broadcasts.
+    key = key.flatten(0, 1)[:, None].expand(-1, G, -1, -1)  # [B·K, G, S, D]
+    value = value.flatten(0, 1)[:, None].expand(-1, G, -1, -1)
+    mixed = torch.empty_like(query)
+    step = query_tile(B, S, query.element_size())
+    for start in range(0, T, step):
+        tile = query[:, start : start + step]  # [B, t, H, D]
+        hidden = columns > positions[:, start : start + step, None]  # [B, t, S]
+        mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        mask = mask.repeat_interleave(K if B > 1 else 1, dim=0)[:, None]  # [B·K or 1, 1, t, S]
+        grouped = tile.view(B, -1, K, G, D).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B·K, G, t, D]
+        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
+        mixed[:, start : start + step] = out.view(B, K, G, -1, D).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return mixed
 
 
 class Attention(nn.Module):

@@ -3,6 +3,7 @@
 import inspect
 import io
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,7 @@ def test_chat_in_a_terminal_keeps_the_dialog(
 
 
 COMMANDS = pytest.mark.parametrize("command", cli.COMMANDS)
+GENERATING = pytest.mark.parametrize("command", ["complete", "infill", "chat"])
 FLAG_NAMES = [
     (command, name)
     for command, function in cli.COMMANDS.items()
@@ -136,12 +138,12 @@ def test_a_misspelled_flag_is_named_with_the_one_meant(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, name: str
 ) -> None:
     wrong = f"--{name[:-2]}{name[-1]}"
-    said = refused(monkeypatch, capsys, command, "--prompt", "x <FILL>", wrong, "1")
+    said = refused(monkeypatch, capsys, command, wrong, "1", "--prompt", "x <FILL>")
     first = f"{wrong} is no flag of codellama {command}; did you mean --{name}?"
     assert said == f"{first}\nSee codellama {command} --help.\n"
 
 
-@COMMANDS
+@GENERATING
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -158,6 +160,24 @@ def test_a_wrong_command_line_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, words: list[str], message: str
 ) -> None:
     assert refused(monkeypatch, capsys, command, *words).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["convert"], "SOURCE"),
+        (["convert", "a"], "TARGET"),
+        (["convert", "a", "b", "c"], "'c' is a word too many"),
+        (["convert", "a", "b", "--rope_theta", "big"], "--rope_theta is 'big'; a number"),
+        (["verify", "a", "--full", "yes"], "'yes' is a word too many"),
+        (["info"], "PATH"),
+        (["info", "a", "--max_batch_size", "many"], "--max_batch_size is 'many'; an integer was expected"),
+    ],
+)
+def test_a_wrong_command_line_about_weights_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert message in refused(monkeypatch, capsys, *words)
 
 
 def test_a_switch_takes_no_value(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +224,8 @@ def test_the_help_of_a_command(
     printed = capsys.readouterr()
     assert printed.err == ""
     check_page(printed.out, cli.COMMANDS[command])
-    assert f"Usage: codellama {command} [FILE] [flags]" in printed.out
+    takes = {"convert": "SOURCE TARGET", "verify": "PATH", "info": "PATH"}.get(command, "[FILE]")
+    assert f"Usage: codellama {command} {takes} [flags]" in printed.out
     examples = examples_of(printed.out)
     assert all(f"codellama {command} " in example for example in examples)
     check("\n".join(examples))
@@ -308,3 +329,42 @@ def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         run(monkeypatch, "complete", str(tmp_path / "absent.py"))
     with pytest.raises(SystemExit, match=r"codellama: both a file and --prompt"):
         run(monkeypatch, "complete", "a.py", "--prompt", "x")
+
+
+def test_weights_are_converted_verified_and_described(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    theirs, two = str(tmp_path / "theirs"), str(tmp_path / "two")
+    run(monkeypatch, "convert", str(tiny_folder), theirs, "--format", "huggingface")
+    run(monkeypatch, "convert", theirs, two, "--model_parallel_size", "2")
+    for source in (str(tiny_folder), theirs, two):
+        run(monkeypatch, "complete", "--prompt", "[1, 2]", "--ckpt_dir", source, *FLAGS)
+    outputs = capsys.readouterr().out.splitlines()
+    assert len(outputs) >= 3
+    assert outputs[: len(outputs) // 3] * 3 == outputs
+    run(monkeypatch, "info", two, "--max_seq_len", "100")
+    described = capsys.readouterr().out
+    assert "format       meta" in described
+    assert "4 rows of 100 tokens" in described
+    run(monkeypatch, "verify", two)
+    assert "consolidated.01.pth" in capsys.readouterr().out
+
+
+def test_a_fault_in_weights_is_exit_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    with (broken / "consolidated.00.pth").open("r+b") as file:
+        file.truncate(20_000)
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "verify", str(broken))
+    assert caught.value.code == 1
+    assert "truncated" in capsys.readouterr().out
+
+
+def test_a_target_that_exists_is_not_overwritten(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match="exists already, and nothing is overwritten"):
+        run(monkeypatch, "convert", str(tiny_folder), str(tmp_path))

@@ -15,7 +15,8 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from codellama import ModelArgs, ParallelSizeError, RuntimeArgs, SamplingParams, cli
-from codellama.checkpoint.huggingface import NAMES
+from codellama.checkpoint import gguf, huggingface
+from codellama.checkpoint.gguf_blocks import BLOCKS
 from codellama.checkpoint.layout import SHARD_DIM
 from codellama.flags import Explanation, UsageError, flags_of, parse
 from codellama.memory import plan_budget
@@ -316,7 +317,16 @@ def test_axes() -> None:
 
 
 def test_names_in_hugging_faces_files() -> None:
-    assert dict(section(ROOT / "docs/checkpoints.md", "Meta's name")) == NAMES
+    assert dict(section(ROOT / "docs/checkpoints.md", "Meta's name")) == huggingface.NAMES
+
+
+def test_names_of_gguf() -> None:
+    assert dict(section(ROOT / "docs/checkpoints.md", "Meta's")) == gguf.NAMES
+
+
+def test_block_types_of_gguf() -> None:
+    rows = section(ROOT / "docs/checkpoints.md", "type")
+    assert rows == [[block.name, str(block.values), str(block.nbytes)] for block in BLOCKS.values()]
 
 
 def test_error_messages() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.memory import case
 from codellama.cache import KVCache
 from codellama.config import ModelArgs, RuntimeArgs
 from codellama.errors import MemoryBudgetError
@@ -42,7 +43,7 @@ def test_seven_billion_parameters_in_bfloat16() -> None:
 def test_the_longest_max_seq_len_that_is_named_fits_and_the_next_does_not(chunk_size: int) -> None:
     def check(max_seq_len: int) -> None:
         runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=2, chunk_size=chunk_size)
-        plan_budget(tiny.ARGS, runtime, 1, 4).check(3_000_000, runtime)
+        plan_budget(tiny.ARGS, runtime, 1, 4).check(3_000_000)
 
     with pytest.raises(MemoryBudgetError, match="with max_batch_size 2") as caught:
         check(10**6)
@@ -56,8 +57,8 @@ def test_weights_alone_too_large_and_unknown_memory() -> None:
     runtime = RuntimeArgs(max_seq_len=8)
     budget = plan_budget(tiny.ARGS, runtime, 1, 4)
     with pytest.raises(MemoryBudgetError, match="even without a cache"):
-        budget.check(budget.weights, runtime)
-    budget.check(None, runtime)
+        budget.check(budget.weights)
+    budget.check(None)
     assert "free memory unknown" in budget.describe(None)
 
 
@@ -75,3 +76,12 @@ def test_free_memory_is_shared_by_the_ranks_of_a_host(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("count", "text"), [(7, "7 B"), (12_300, "12.3 kB"), (13_477_093_376, "13.48 GB")])
 def test_format_bytes(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kv_heads", "scored"), [(16, False), (1, True)])
+def test_a_prefill_takes_what_is_planned(kv_heads: int, scored: bool) -> None:
+    """In chunks, so with masks; the growth of a fresh process above weights and cache, in MB."""
+    args = ModelArgs(dim=512, n_layers=2, n_heads=16, n_kv_heads=kv_heads, vocab_size=32016, rope_theta=1e6)
+    found = case(args, 5000, scored, torch.float32)
+    assert abs(found["difference_MB"]) < max(20, found["planned_MB"] / 10), found

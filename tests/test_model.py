@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from codellama.config import ModelArgs
-from codellama.model import QUERY_TILE, attend, rotary_angles, rotate
+from codellama.model import attend, rotary_angles, rotate
 from tests.support import tiny
 from tests.support.oracle import oracle_logits
 from tests.support.peers import transformers_model
@@ -64,13 +64,18 @@ def test_rotation_is_exact_far_out() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_attention_with_a_cache_equals_the_definition(kv_heads: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_attention_with_a_cache_equals_the_definition(
+    rows: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several tiles of queries, and a last one that is shorter."""
     generator = torch.Generator().manual_seed(3)
-    rows, new, heads, head_dim, length = 2, QUERY_TILE + 9, 6, 4, QUERY_TILE + 40
+    new, heads, head_dim, length = 109, 6, 4, 140
+    monkeypatch.setattr("codellama.memory.MASK_BYTES", rows * length * 5 * 50)
     query = torch.randn(rows, new, heads, head_dim, generator=generator)
     key = torch.randn(rows, kv_heads, length, head_dim, generator=generator)
     value = torch.randn(rows, kv_heads, length, head_dim, generator=generator)
-    positions = torch.stack([torch.arange(new) + 31, torch.arange(new) + 7])
+    positions = torch.stack([torch.arange(new) + 31, torch.arange(new) + 7])[:rows]
     mixed = attend(query, key, value, positions)
     wide_key = key.repeat_interleave(heads // kv_heads, dim=1).double()
     wide_value = value.repeat_interleave(heads // kv_heads, dim=1).double()

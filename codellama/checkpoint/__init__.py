@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from codellama.checkpoint.gguf import GGUFCheckpoint
 from codellama.checkpoint.huggingface import HuggingFaceCheckpoint
 from codellama.checkpoint.huggingface_writer import write_huggingface
 from codellama.checkpoint.layout import Checkpoint, rank_span, tensor_shapes
@@ -26,7 +27,7 @@ __all__ = ["Checkpoint", "load_model", "open_checkpoint", "tensor_shapes", "writ
 
 logger = logging.getLogger(__name__)
 
-FORMATS: tuple[type[Checkpoint], ...] = (MetaCheckpoint, HuggingFaceCheckpoint)
+FORMATS: tuple[type[Checkpoint], ...] = (MetaCheckpoint, HuggingFaceCheckpoint, GGUFCheckpoint)
 """Every weight format, in the order in which a folder that holds several of them is read."""
 
 READERS = 2

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from codellama.cache import KVCache
 from codellama.generation.scheduler import Batch
+from codellama.memory import logits_tile
 from codellama.model import Transformer
-
-LOGITS_TILE = 256
-"""Positions whose logits exist at once: all of a 2,048-token chunk would take 262 MB at a vocabulary of 32,016."""
 
 
 class Runner:
@@ -37,7 +35,8 @@ class Runner:
         positions = first[:, None] + torch.arange(width, device=self._device)  # [B, T]
         view = self.cache.rows(batch.start, batch.start + rows).first(batch.length)
         hidden = self.model(tokens, positions, view)[:, batch.logits_from :]
-        for piece in hidden.split(LOGITS_TILE, dim=1):
+        tile = max(1, logits_tile(self.model.args.vocab_size, hidden.element_size()) // rows)
+        for piece in hidden.split(tile, dim=1):
             if piece.shape[1]:
                 yield self.model.logits(piece)
 

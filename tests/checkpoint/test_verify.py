@@ -175,7 +175,7 @@ def test_shapes_and_vocabulary(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"GGUF")
+    (tmp_path / "file").write_bytes(b"text")
     for path, message in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "holds no weights in a format")):
         (fault,) = verify(path).faults
         assert message in fault.found
