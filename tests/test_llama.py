@@ -1,6 +1,7 @@
 """The public API at one rank: results, texts, batching; each bad input, before anything runs."""
 
 import math
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -320,3 +321,22 @@ def test_a_model_that_generates_special_pieces_shows_none(llama: Llama) -> None:
     assert result["generation"] == ""
     assert sorted(set(result["tokens"])) == sorted(tokenizer.token_piece(id) for id in special)
     assert "".join(llama.stream_completion("", temperature=0, max_gen_len=8, logits_processor=prefer)) == ""
+
+
+def test_a_reused_beginning_changes_no_token(tiny_folder: Path) -> None:
+    """Prompts that begin like earlier ones, sampled; each alone in a fresh generator, and all in one that remembers."""
+    rng = random.Random(4)
+    prompts: list[list[int]] = []
+    for _ in range(24):
+        begin = rng.choice(prompts)[: rng.randrange(60)] if prompts else []
+        prompts.append([*(begin or [1]), *(rng.randrange(3, 320) for _ in range(rng.randrange(1, 40)))])
+    options = {"temperature": 0.8, "seed": 5, "logprobs": True, "stop_token": -1}
+    with Llama.build(tiny_folder, max_seq_len=256, max_batch_size=3, dtype="float32", device="cpu") as remembering:
+        turns = [remembering.generate([prompt], 9, **options) for prompt in prompts]
+        reused = [row for row in remembering.engine._scheduler._table._held if row]
+    assert len(reused) == 3
+    for prompt, (tokens, scores) in zip(prompts, turns, strict=True):
+        with Llama.build(tiny_folder, max_seq_len=256, max_batch_size=1, dtype="float32", device="cpu") as fresh:
+            expected, their_scores = fresh.generate([prompt], 9, **options)
+        assert tokens == expected
+        assert scores[0] == pytest.approx(their_scores[0], abs=1e-4)

@@ -156,6 +156,11 @@ class GeneratedText:
 class Request:
     """A prompt, what is asked of it, and the state of its generation. The engine alone changes the state.
 
+    Attributes:
+        row: of the cache, once it has been given one.
+        n_cached: tokens whose keys and values are there.
+        n_reused: how many of them the row held already when it was given.
+
     Raises:
         PromptError: the prompt holds no ids, or ids outside the vocabulary.
         ContextLengthError: it leaves no room to generate.
@@ -172,6 +177,7 @@ class Request:
 
     row: int | None = field(default=None, init=False)
     n_cached: int = field(default=0, init=False)
+    n_reused: int = field(default=0, init=False)
     output: list[int] = field(default_factory=list, init=False)
     scores: list[TokenScore] = field(default_factory=list, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)

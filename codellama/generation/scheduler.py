@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 
 from codellama.config import RuntimeArgs
 from codellama.generation.request import Request
+from codellama.generation.rows import RowTable
+
+SHARED_CHUNK = 512
+"""Tokens of a prompt that are read at once while other rows decode: they wait for so many."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._rows: list[Request | None] = [None] * runtime.max_batch_size
         self._lengths = [0] * runtime.max_batch_size  # tokens that a row holds, kept when it is freed
+        self._table = RowTable(runtime.max_batch_size)
         self._prompts: deque[Request] = deque()  # admitted and not yet in the cache, in the order they came
         self._prefills = 0  # prompts that were prefilled since the rows last decoded
 
@@ -106,6 +111,7 @@ class Scheduler:
         self._prefills = 0
         self._rows = [None] * len(self._rows)
         self._lengths = [0] * len(self._lengths)
+        self._table.forget()
 
     def schedule(self) -> Batch | None:
         """Make the next batch, or None when there is nothing to do.
@@ -134,24 +140,30 @@ class Scheduler:
         self._free()
 
     def _admit(self) -> None:
-        for row, request in enumerate(self._rows):
-            if request is None and self._waiting:
-                admitted = self._waiting.popleft()
-                admitted.row = row
-                self._rows[row] = admitted
-                self._lengths[row] = 0
-                self._prompts.append(admitted)
+        while self._waiting and (free := [row for row, request in enumerate(self._rows) if request is None]):
+            request = self._waiting.popleft()
+            row, reused = self._table.choose(free, request.prompt)
+            if request.scores_prompt:  # which needs the logits of every position
+                reused = 0
+            request.row, request.n_cached, request.n_reused = row, reused, reused
+            self._table.take(row, request.prompt[:reused])
+            self._rows[row] = request
+            self._lengths[row] = reused
+            self._prompts.append(request)
 
     def _free(self) -> None:
         for row, request in enumerate(self._rows):
             if request is not None and request.finish_reason is not None:
                 self._rows[row] = None
+                self._table.give_back(row, [*request.prompt, *request.output][: self._lengths[row]])
                 if request in self._prompts:
                     self._prompts.remove(request)
 
     def _prefill(self, request: Request) -> Batch:
         assert request.row is not None, "an admitted request has a row"
-        chunk = request.prompt[request.n_cached : request.n_cached + self._runtime.chunk_size]
+        decoding = any(other is not None and not other.prefilling for other in self._rows)
+        size = min(self._runtime.chunk_size, SHARED_CHUNK) if decoding else self._runtime.chunk_size
+        chunk = request.prompt[request.n_cached : request.n_cached + size]
         last = request.n_cached + len(chunk) == len(request.prompt)
         if last:
             self._prompts.popleft()

@@ -54,16 +54,63 @@ def test_more_requests_than_rows_wait_and_rows_are_used_again_at_once() -> None:
     assert machine.admitted == [first, second, third, fourth]
 
 
-def test_the_lowest_rows_are_given_first() -> None:
-    machine = Machine(rows=4)
-    requests = [machine.add(2, n=9) for _ in range(4)]
-    while machine.step() and requests[3].n_tokens < 4:
-        pass
-    machine.cancel(requests[2])
-    machine.cancel(requests[0])
-    late = [machine.add(2) for _ in range(2)]
+def test_empty_rows_are_given_first_then_the_one_given_back_longest_ago() -> None:
+    machine = Machine(rows=3)
+    first, second = machine.add(2, n=9), machine.add(2, n=9)
     machine.step()
-    assert [request.row for request in late] == [0, 2]
+    machine.step()
+    machine.cancel(second)
+    machine.cancel(first)
+    late = [machine.add(2, n=9) for _ in range(3)]
+    machine.step()
+    assert [request.row for request in (first, second, *late)] == [0, 1, 2, 1, 0]
+
+
+def test_a_row_that_begins_alike_is_taken_and_its_beginning_kept() -> None:
+    """The next turn of a chat: what was said before is in the cache, the answer too, all but its last token."""
+    machine = Machine(rows=3, max_seq_len=64)
+    other, turn = machine.add(20), machine.add(20, n=6)
+    machine.finish()
+    said = [*turn.prompt, *turn.output]
+    following = machine.add(40, begin=said)
+    batch = machine.step()
+    assert batch is not None
+    assert (following.row, following.n_reused) == (turn.row, 25) == (1, 25)
+    assert (batch.start, batch.positions, batch.tokens[0]) == (1, [25], following.prompt[25:33])
+    machine.finish()
+    again = machine.add(20, begin=other.prompt)  # the same prompt: its last id is read again
+    machine.step()
+    assert (again.row, again.n_reused) == (other.row, 19)
+
+
+def test_what_is_not_reused() -> None:
+    machine = Machine(rows=1, max_seq_len=64)
+    first = machine.add(20)
+    machine.finish()
+    scored = machine.add(20, begin=first.prompt, echo=True, logprobs=True)
+    machine.finish()
+    assert scored.n_reused == 0, "its logits are wanted"
+    short = machine.add(30, begin=scored.prompt[:7])
+    machine.finish()
+    assert short.n_reused == 0, "too little to be worth it"
+    machine.scheduler.fail(LookupError())
+    machine.kept = [[]]
+    spoilt = machine.add(30, begin=short.prompt)
+    machine.finish()
+    assert spoilt.n_reused == 0, "after a failure nothing can be relied on"
+
+
+def test_a_long_prompt_waits_for_decoding_rows_in_shorter_chunks() -> None:
+    machine = Machine(rows=2, max_seq_len=3000, chunk_size=2048)
+    machine.add(3, n=900)
+    machine.step()
+    machine.add(1100, n=2)
+    widths = []
+    for _ in range(6):
+        batch = machine.step()
+        assert batch is not None
+        widths.append(batch.width)
+    assert widths == [512, 1, 512, 1, 76, 1]
 
 
 def test_chunks_of_a_long_prompt_take_turns_with_decoding() -> None:
@@ -240,15 +287,17 @@ def test_batches_travel_as_integers() -> None:
 
 
 def test_random_schedules() -> None:
-    """200 loads that come, are cancelled and end at random."""
+    """300 loads that come, are cancelled and end at random."""
     rng = random.Random(8)
-    reasons = {"length": 0, "cancelled": 0}
-    for _ in range(200):
-        machine = Machine(rows=rng.randrange(1, 5), max_seq_len=rng.randrange(4, 40), chunk_size=rng.randrange(1, 12))
+    reasons, reused = {"length": 0, "cancelled": 0}, 0
+    for _ in range(300):
+        machine = Machine(rows=rng.randrange(1, 5), max_seq_len=rng.randrange(4, 70), chunk_size=rng.randrange(1, 12))
         for _ in range(rng.randrange(1, 12)):
             n = rng.choice((0, 1, 2, 5, 40))
             length = rng.randrange(1, machine.runtime.max_seq_len + (n == 0))
-            machine.add(length, n, echo=rng.random() < 0.3, logprobs=rng.random() < 0.5)
+            earlier = rng.choice([*machine.requests, None])
+            begin = [*earlier.prompt, *earlier.output][: rng.randrange(length)] if earlier else []
+            machine.add(length, n, begin, echo=rng.random() < 0.3, logprobs=rng.random() < 0.5)
             for _ in range(rng.randrange(6)):
                 machine.step()
             if rng.random() < 0.2:
@@ -263,4 +312,6 @@ def test_random_schedules() -> None:
             if request.finish_reason == "length":
                 assert len(request.output) == request.n_max
                 assert machine.prefilled.get(request, request.prompt) == request.prompt
+            reused += request.n_reused > 0
+    assert reused > 50
     assert min(reasons.values()) > 50

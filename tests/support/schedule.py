@@ -32,9 +32,9 @@ class Machine:
         self.admitted: list[Request] = []
         self.running: set[Request] = set()
 
-    def add(self, length: int, n: int = 4, **params: bool) -> Request:
-        """Queue a request whose prompt is like no other's."""
-        prompt = [(len(self.requests) * 37 + at) % VOCAB for at in range(length)]
+    def add(self, length: int, n: int = 4, begin: Sequence[int] = (), **params: bool) -> Request:
+        """Queue a request whose prompt begins like this, and goes on like no other's."""
+        prompt = [*begin, *((len(self.requests) * 37 + at) % VOCAB for at in range(length - len(begin)))]
         request = Request(prompt, SamplingParams(max_gen_len=n, **params), 0, VOCAB, self.runtime.max_seq_len)  # type: ignore[arg-type]
         self.requests.append(request)
         self.scheduler.add(request)
@@ -70,14 +70,19 @@ class Machine:
         self.leave()
 
     def admit(self, free: Sequence[int]) -> None:
-        """Find out who was given a row: those who came first, and the lowest rows."""
+        """Find out who was given a row: those who came first, each a free one that holds what it relies on."""
         fresh = [request for request in self.requests if request.row is not None and request not in self.admitted]
-        assert [request.row for request in fresh] == list(free[: len(fresh)])
+        assert {request.row for request in fresh} <= set(free)
+        for request in fresh:
+            assert request.row is not None
+            assert self.kept[request.row][: request.n_reused] == request.prompt[: request.n_reused]
+            assert request.n_reused < len(request.prompt)
+            assert not (request.scores_prompt and request.n_reused)
         left = [request for request in self.requests if request.row is None and request.finish_reason is None]
         assert [request for request in left if len(fresh) < len(free)] == [], "nobody waits while a row is free"
         self.admitted += fresh
         self.running |= set(fresh)
-        self.prefilled |= {request: [] for request in fresh}
+        self.prefilled |= {request: request.prompt[: request.n_reused] for request in fresh}
 
     def leave(self) -> None:
         for request in [request for request in self.running if request.finish_reason is not None]:
