@@ -106,6 +106,10 @@ class Tokenizer:
         piece: str = self._spaced.id_to_piece(t)
         return piece
 
+    def token_bytes(self, t: int) -> bytes:
+        """Return what a token adds to a text; nothing for special pieces."""
+        return self._shown[t]
+
     def _find(self, piece: str) -> int | None:
         id: int = self._spaced.piece_to_id(piece)
         return id if self._spaced.id_to_piece(id) == piece else None  # an unknown piece reads as the unk id
@@ -154,7 +158,7 @@ class TextDecoder:
 
     def push(self, ids: Iterable[int]) -> str:
         """Add ids and return the text that is now certain: an unfinished UTF-8 sequence is held back."""
-        return self._utf8.decode(b"".join(self._tokenizer._shown[id] for id in ids))
+        return self._utf8.decode(b"".join(self._tokenizer.token_bytes(id) for id in ids))
 
     def finish(self) -> str:
         """Return what was held back; unfinished sequences become U+FFFD."""

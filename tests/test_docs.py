@@ -211,7 +211,7 @@ def test_commands_name_what_exists(path: Path) -> None:
         "torchrun --nprocs 2 example_completion.py",
         "torchrun --nproc_per_node 2 example_infilling.py --max_len 3",
         "torchrun --nproc_per_node 2 -m codellama talk",
-        "codellama serve",
+        "codellama serve --adress 0.0.0.0",
         "codellama complete --prompts x",
         "codellama complete a.py b.py",
         "codellama complete --max_seq_len many",

@@ -22,6 +22,15 @@ TORCH_FREE = (
     "codellama.generation.prompt",
     "codellama.generation.scheduler",
     "codellama.cli",
+    "codellama.server.app",
+    "codellama.server.schemas",
+    "codellama.server.dialogs",
+    "codellama.server.answers",
+    "codellama.server.running",
+    "codellama.server.guard",
+    "codellama.server.faults",
+    "codellama.server.service",
+    "codellama.server.address",
 )
 # One fresh interpreter; each import happens in a fork of it, so that none is helped by the one before.
 PROGRAM = """

@@ -32,7 +32,8 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._parallel = parallel
-        self._inbox: queue.SimpleQueue[tuple[Callable[[Request], None], Request]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Callable[[Request], None], Request] | None] = queue.SimpleQueue()
+        self._stopping = False
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> None:
         """Queue a request; safe from any thread. on_delta is called by the thread that steps.
@@ -108,6 +109,24 @@ class Engine:
             finally:
                 self.cancel(request)
 
+    def loop(self) -> None:
+        """Run requests as they come, until `stop`. The leader's part of a server: one call, one long session.
+
+        While there is nothing to do it sleeps on the inbox. What has not ended then is left to `close`.
+
+        Raises:
+            NumericalError, RankError: as `step`; all requests have ended.
+        """
+        with self._session():
+            while not self._stopping:
+                if not self.step():
+                    self._act(self._inbox.get())
+            self._stopping = False
+
+    def stop(self) -> None:
+        """Let `loop` return after the step that runs; safe from any thread."""
+        self._inbox.put(None)
+
     def follow(self) -> None:
         """Run the leader's batches until it says that the call is done. The other ranks' part of every call.
 
@@ -157,17 +176,25 @@ class Engine:
 
     def _read_inbox(self) -> None:
         while not self._inbox.empty():
-            act, request = self._inbox.get()
-            try:
-                act(request)  # hands out a last delta where it ends the request
-            except Exception as error:
-                _log_own(request, error)
+            self._act(self._inbox.get())
+
+    def _act(self, entry: tuple[Callable[[Request], None], Request] | None) -> None:
+        """Do what an entry of the inbox asks for."""
+        if entry is None:
+            self._stopping = True
+            return
+        act, request = entry
+        try:
+            act(request)  # hands out a last delta where it ends the request
+        except Exception as error:
+            _log_own(request, error)
 
     def _fail(self, error: BaseException) -> None:
         """End every request, those that still lie in the inbox too, and forget what may be spoilt."""
         self._scheduler.fail(error)
         while not self._inbox.empty():
-            self._inbox.get()[1].fail(error)
+            if (entry := self._inbox.get()) is not None:
+                entry[1].fail(error)
         self._runner.forget()
 
     def _release(self, reason: int) -> None:

@@ -1,0 +1,57 @@
+"""What a client is told when something is wrong: a status and OpenAI's error object, never a trace.
+
+It knows nothing of models.
+"""
+
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from codellama.errors import CodeLlamaError, ContextLengthError, PromptError
+from codellama.server.service import NotReadyError
+
+_BUSY = {"Retry-After": "1"}
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class BusyError(CodeLlamaError):
+    """As many requests wait as may wait."""
+
+
+class BrokenAnswerError(CodeLlamaError):
+    """A generation ended before it was done, and not for a reason of the client's."""
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Write an error as OpenAI's clients read it."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def fault_response(status: int, message: str, **more: Any) -> JSONResponse:
+    """Answer with an error; more are param and code."""
+    return JSONResponse(error_body(status, message, **more), status, _BUSY if status == 503 else None)
+
+
+def tell(error: Exception) -> JSONResponse:
+    """Answer with what an exception means; one that nobody expected is not described."""
+    match error:
+        case ContextLengthError():
+            return fault_response(400, str(error), code="context_length_exceeded")
+        case PromptError():
+            return fault_response(400, str(error))
+        case BusyError() | NotReadyError():
+            return fault_response(503, str(error))
+        case BrokenAnswerError():
+            return fault_response(500, str(error))
+        case RequestValidationError():
+            first = error.errors()[0]
+            is_json = first["type"] != "json_invalid"  # else the place is a number of characters
+            param = ".".join(str(part) for part in first["loc"][1:]) or None if is_json else None
+            return fault_response(400, f"{param or 'the body'}: {first['msg']}", param=param)
+        case HTTPException():
+            return fault_response(error.status_code, str(error.detail))
+        case _:
+            return fault_response(500, "the server failed; its log says why")

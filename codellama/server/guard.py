@@ -1,0 +1,51 @@
+"""Before any route: is the key right, and is the body small enough? Both are answered before a body is understood.
+
+It knows nothing of routes but one: /health needs no key.
+"""
+
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from codellama.server.faults import fault_response
+
+MAX_BODY = 4 * 2**20  # bytes; a context of 100,000 tokens is about 400,000
+
+
+class Guard:
+    """An ASGI app around another one."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None = None, max_body: int = MAX_BODY) -> None:
+        """Let through what brings this key, or anything where it is None, with bodies up to max_body bytes."""
+        self._app = app
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check one request and hand it on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self._expected is not None and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                refusal = fault_response(401, "the API key is missing or wrong: send `Authorization: Bearer KEY`")
+                await refusal(scope, receive, send)
+                return
+        read: list[Message] = []
+        size = 0
+        while True:
+            read.append(await receive())
+            size += len(read[-1].get("body", b""))
+            if size > self._max_body:
+                refusal = fault_response(413, f"the body has more than {self._max_body} bytes")
+                await refusal(scope, receive, send)
+                return
+            if not read[-1].get("more_body", False):  # a client that has gone says no more, either
+                break
+        read.reverse()
+
+        async def again() -> Message:
+            return read.pop() if read else await receive()
+
+        await self._app(scope, again, send)

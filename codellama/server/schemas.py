@@ -1,0 +1,195 @@
+"""What clients may ask for, in OpenAI's words, and how that becomes prompts.
+
+It knows nothing of HTTP, of the engine, or of torch. What is not named here is ignored; docs/server.md lists it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field
+
+from codellama.config import SamplingParams
+from codellama.errors import PromptError
+from codellama.generation.prompt import Prompt, PromptMaker
+from codellama.server.dialogs import ChatMessage, normalize_dialog
+from codellama.tokenizer import Tokenizer
+
+TEMPERATURE, TOP_P = 0.2, 0.95  # where a client asks for none: what code is sampled with, not prose
+MAX_TOKENS = 16  # of a completion; a chat's answer may fill the context
+MAX_STOPS = 64
+
+_PRE, _SUF, _MID = "<PRE>", "<SUF>", "<MID>"
+
+
+def _no_null(default: Any) -> BeforeValidator:
+    """Let null mean that the field is not there: many clients send all that they know."""
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
+class StreamOptions(BaseModel):
+    """How to stream."""
+
+    include_usage: Annotated[bool, _no_null(False)] = False
+
+
+class GenerationRequest(BaseModel):
+    """The fields that chats and completions share.
+
+    Attributes:
+        top_k: 0 and -1 keep all.
+        seed: makes the answer repeat; the n answers of one request have different ones.
+        max_tokens: clamped to what the context leaves; negative is all of it.
+    """
+
+    stream: Annotated[bool, _no_null(False)] = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, _no_null(1), Field(ge=1, le=128)] = 1
+    temperature: Annotated[float, _no_null(TEMPERATURE), Field(ge=0, le=100, allow_inf_nan=False)] = TEMPERATURE
+    top_p: Annotated[float, _no_null(TOP_P), Field(ge=0, le=1, allow_inf_nan=False)] = TOP_P
+    top_k: Annotated[int, _no_null(0), Field(ge=-1)] = 0
+    min_p: Annotated[float, _no_null(0.0), Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    repetition_penalty: Annotated[float, _no_null(1.0), Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
+    stop: str | list[str] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    max_tokens: int | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """True where a stream ends with a chunk of usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def params(self, max_gen_len: int | None, top_logprobs: int | None, echo: bool = False) -> SamplingParams:
+        """Say it in our words.
+
+        Args:
+            max_gen_len: None or negative is as much as the context holds.
+            top_logprobs: None is no log-probabilities at all, 0 only those of the tokens themselves.
+            echo: score the prompt, too, where log-probabilities are asked for.
+
+        Raises:
+            PromptError: too many stop strings.
+        """
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stop) > MAX_STOPS:
+            raise PromptError(f"stop has {len(stop)} strings; at most {MAX_STOPS} are possible")
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k if self.top_k > 0 else None,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            max_gen_len=None if max_gen_len is None or max_gen_len < 0 else max_gen_len,
+            stop=tuple(filter(None, stop)),
+            seed=self.seed,
+            logprobs=top_logprobs is not None,
+            top_logprobs=top_logprobs or 0,
+            echo=echo and top_logprobs is not None,
+        )
+
+    def alternatives(self, prompt: Prompt) -> Iterator[Prompt]:
+        """Repeat a prompt n times, each with a seed of its own; the first one keeps the prompt's."""
+        return (replace(prompt, seed=prompt.seed + index) for index in range(self.n))
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: Annotated[bool, _no_null(False)] = False
+    top_logprobs: Annotated[int, _no_null(0), Field(ge=0, le=20)] = 0
+
+    def prompts(self, maker: PromptMaker, tokenizer: Tokenizer) -> list[Prompt]:
+        """Make the n prompts.
+
+        Raises:
+            PromptError: the messages are no chat, or hold tags of the chat format; ContextLengthError: too long.
+        """
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        params = self.params(limit, self.top_logprobs if self.logprobs else None)
+        return list(self.alternatives(maker.chat(normalize_dialog(self.messages), params, where="the chat")))
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions.
+
+    Attributes:
+        prompt: a text, token ids, or a list of either.
+        suffix: what stands after the gap; the prompt is then what stands before it. None is no gap; an empty one is.
+        logprobs: number of rivals to report at each place; 0 reports the tokens alone, None nothing.
+    """
+
+    prompt: str | list[int] | list[str] | list[list[int]] | None = ""
+    suffix: str | None = None
+    echo: Annotated[bool, _no_null(False)] = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def prompts(self, maker: PromptMaker, tokenizer: Tokenizer) -> list[Prompt]:
+        """Make n prompts of each prompt.
+
+        Raises:
+            PromptError: ids outside the vocabulary, a model that cannot infill; ContextLengthError: too long.
+        """
+        limit = MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        params = self.params(limit, self.logprobs, self.echo)
+        made: list[Prompt] = []
+        for index, item in enumerate(self._items()):
+            where = f"prompt {index}"
+            if isinstance(item, str):
+                prefix, suffix = (item, self.suffix) if self.suffix is not None else split_markers(item)
+                if suffix is not None:
+                    prompt = maker.gap(prefix, suffix, params, where=where)
+                else:
+                    prompt = maker.text(item, params, where)
+                made += self.alternatives(prompt)
+                continue
+            if self.suffix is not None:
+                raise PromptError(f"{where} is token ids; with a suffix, a text was expected")
+            until_eos = replace(params, stop_tokens=frozenset({tokenizer.eos_id}))
+            prompt = maker.ids(item, until_eos, where)
+            prompt = replace(prompt, before=tokenizer.decode(prompt.tokens))
+            made += self.alternatives(prompt)
+        return made
+
+    def _items(self) -> Sequence[str | list[int]]:
+        """The prompts as a list."""
+        match self.prompt:
+            case None:
+                return [""]
+            case str():
+                return [self.prompt]
+            case []:
+                raise PromptError("prompt is an empty list; a text, token ids, or a list of either was expected")
+            case [int(), *_]:
+                return [[id for id in self.prompt if isinstance(id, int)]]
+            case [str(), *_]:
+                return [item for item in self.prompt if isinstance(item, str)]
+            case _:
+                return [item for item in self.prompt if isinstance(item, list)]
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize; vLLM's word is prompt, llama.cpp's is content."""
+
+    prompt: str | None = None
+    content: str | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    tokens: list[int]
+
+
+def split_markers(text: str) -> tuple[str, str | None]:
+    """Read `<PRE> {prefix} <SUF>{suffix} <MID>`, which editors write out; the spaces belong to the markers.
+
+    Any other text is a prefix without a suffix: markers anywhere else are text.
+    """
+    if not text.startswith(_PRE) or not text.endswith(_MID) or _SUF not in text:
+        return text, None
+    body = text.removeprefix(_PRE).removesuffix(_MID).removeprefix(" ").removesuffix(" ")
+    prefix, _, suffix = body.partition(_SUF)
+    return prefix.removesuffix(" "), suffix

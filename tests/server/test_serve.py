@@ -1,0 +1,214 @@
+"""End to end: a real socket, a real client, the demo checkpoint; what comes over HTTP is what the library returns."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+
+from codellama import cli
+from codellama.assembly import DEMO, Parts, assemble
+from codellama.config import RuntimeArgs
+from codellama.errors import NumericalError
+from codellama.llama import Llama
+from codellama.server.app import make_app
+from codellama.server.service import EngineService
+
+RUNTIME = RuntimeArgs(max_seq_len=512, max_batch_size=3, chunk_size=64)
+DIALOG = [{"role": "user", "content": "Write a function that adds two numbers."}]
+
+
+class Serving:
+    """A server in this process."""
+
+    def __init__(self) -> None:
+        self.parts: Parts | None = None
+        self.service = EngineService(self._build, RUNTIME, on_end=lambda: None)
+        app = make_app(self.service, "codellama-demo")
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+        self._thread = threading.Thread(target=self.server.run)
+
+    def _build(self) -> Parts:
+        self.parts = assemble(None, None, RUNTIME, None, "cpu", "float32", None, None, None, False)
+        return self.parts
+
+    def __enter__(self) -> httpx2.Client:
+        self._thread.start()
+        wait_until(lambda: self.server.started)
+        (listener,) = self.server.servers[0].sockets
+        client = httpx2.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60, trust_env=False)
+        assert client.get("/health").status_code == 503
+        self.service.start()
+        wait_until(lambda: client.get("/health").status_code == 200)
+        return client
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self._thread.join(20)
+        self.service.stop()
+
+
+def wait_until(condition: Any, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def serving() -> Iterator[tuple[Serving, httpx2.Client]]:
+    serving = Serving()
+    with serving as client:
+        yield serving, client
+        client.close()
+
+
+@pytest.fixture
+def client(serving: tuple[Serving, httpx2.Client]) -> httpx2.Client:
+    return serving[1]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Llama:
+    return Llama.build(DEMO, max_seq_len=512, max_batch_size=3, dtype="float32", device="cpu", chunk_size=64)
+
+
+def stream(client: httpx2.Client, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    with client.stream("POST", path, json={**body, "stream": True}) as response:
+        lines = [line for line in response.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def streamed_text(chunks: list[dict[str, Any]]) -> str:
+    return "".join(chunk["choices"][0].get("text", "") for chunk in chunks)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1, "top_p": 0.9, "seed": 5}])
+def test_a_chat_is_the_librarys(client: httpx2.Client, demo: Llama, options: dict[str, Any]) -> None:
+    body = {"messages": DIALOG, "max_tokens": 60, **options}
+    expected = "".join(demo.stream_chat(DIALOG, max_gen_len=60, **{"top_p": 0.95, **options}))
+    chunks = stream(client, "/v1/chat/completions", body)
+    assert len(chunks) > 10
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == expected
+    whole = client.post("/v1/chat/completions", json=body).json()
+    assert whole["choices"][0]["message"]["content"] == expected
+
+
+def test_infilling_is_the_librarys(client: httpx2.Client, demo: Llama) -> None:
+    prefix, suffix = "def gcd(a, b):\r\n    while b:\r\n        ", "\r\n    return a\r\n"
+    (expected,) = demo.text_infilling([prefix], [suffix], temperature=0, max_gen_len=40)
+    body = {"prompt": prefix, "suffix": suffix, "temperature": 0, "max_tokens": 40}
+    assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == expected["generation"]
+    markers = {**body, "prompt": f"<PRE> {prefix} <SUF>{suffix} <MID>", "suffix": None}
+    assert streamed_text(stream(client, "/completions", markers)) == expected["generation"]
+
+
+def test_log_probabilities_are_the_librarys(client: httpx2.Client, demo: Llama) -> None:
+    (expected,) = demo.text_completion(["import os"], temperature=0, max_gen_len=5, top_logprobs=2, echo=True)
+    body = {"prompt": "import os", "temperature": 0, "max_tokens": 5, "logprobs": 2, "echo": True}
+    (choice,) = client.post("/v1/completions", json=body).json()["choices"]
+    assert choice["text"] == expected["generation"]
+    found = choice["logprobs"]
+    assert found["token_logprobs"][0] is None
+    assert found["token_logprobs"][1:] == pytest.approx(expected["logprobs"][1:], abs=1e-4)
+    assert [len(found[key]) for key in ("tokens", "top_logprobs", "text_offset")] == [len(expected["tokens"])] * 3
+
+
+def test_streams_at_once_are_what_each_is_alone(client: httpx2.Client) -> None:
+    bodies = [
+        {"prompt": prompt, "max_tokens": 40, "temperature": 0.8, "seed": seed}
+        for seed, prompt in enumerate(["import ", "def add(a, b):", "class Stack:\n" * 20])
+    ]
+    alone = [streamed_text(stream(client, "/v1/completions", body)) for body in bodies]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda body: streamed_text(stream(client, "/v1/completions", body)), bodies))
+    assert together == alone
+    assert len(set(alone)) == 3
+
+
+def test_a_client_that_leaves_frees_its_row(serving: tuple[Serving, httpx2.Client]) -> None:
+    running, client = serving
+    assert running.parts is not None
+    scheduler = running.parts.engine._scheduler
+    endless = {"prompt": "x = [", "max_tokens": 500, "stream": True, "n": 3, "temperature": 1.5, "top_p": 1}
+    with client.stream("POST", "/v1/completions", json=endless) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                break
+        assert scheduler.busy
+    wait_until(lambda: not scheduler.busy, 2)
+
+
+def test_a_model_that_fails_tells_every_client_and_health() -> None:
+    serving = Serving()
+    with serving as client:
+        assert serving.parts is not None
+        serving.parts.model.norm.weight.data.fill_(float("nan"))
+        answers = [client.post("/v1/chat/completions", json={"messages": DIALOG}) for _ in range(2)]
+        assert answers[0].status_code == 500
+        assert "NaN" in answers[0].json()["error"]["message"]
+        assert answers[1].status_code == 503
+        assert client.get("/health").status_code == 503
+        client.close()
+    assert isinstance(serving.service.error, NumericalError)
+
+
+def start(*flags: str) -> tuple[subprocess.Popen[str], str]:
+    """Start the command on a free port, and read its address from what it says first."""
+    command = [sys.executable, "-m", "codellama", "serve", "--port", "0", "--device", "cpu", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert line.startswith("serving on http://127.0.0.1:")
+    return process, line.split()[2]
+
+
+def test_the_command_ends_with_0_on_sigterm() -> None:
+    process, address = start()
+    try:
+        client = httpx2.Client(base_url=address, timeout=60, trust_env=False)
+        wait_until(lambda: client.get("/../health").status_code == 200)
+        body = {"prompt": "x", "max_tokens": 2}
+        assert client.post("/completions", json=body).json()["usage"]["completion_tokens"] == 2
+        client.close()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert "Traceback" not in errors
+    finally:
+        process.kill()
+
+
+def test_the_command_ends_with_1_without_a_model(tmp_path: Any) -> None:
+    process, _ = start("--ckpt_dir", str(tmp_path))
+    try:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert str(tmp_path) in errors
+        assert "Traceback" not in errors
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"host": "0.0.0.0"}, "can be reached from other machines"),
+        ({"host": "example.org"}, "can be reached from other machines"),
+        ({"port": 70000}, "port is 70000"),
+        ({"max_queue": -1}, "max_queue is -1"),
+        ({"api_key": ""}, "api_key is empty"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_loaded(flags: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        cli.serve(**flags)
