@@ -188,7 +188,7 @@ def serve(
         chunk_size: tokens of a prompt that are read between two steps of the others.
 
     Examples:
-        codellama serve
+        codellama serve --ckpt_dir CodeLlama-7b-Instruct
         codellama serve --ckpt_dir CodeLlama-7b-Instruct --max_seq_len 8192 --port 8080
         torchrun --nproc_per_node 2 -m codellama serve --ckpt_dir CodeLlama-13b-Instruct
     """

@@ -117,11 +117,11 @@ class Engine:
         Raises:
             NumericalError, RankError: as `step`; all requests have ended.
         """
+        self._stopping = False
         with self._session():
             while not self._stopping:
                 if not self.step():
                     self._act(self._inbox.get())
-            self._stopping = False
 
     def stop(self) -> None:
         """Let `loop` return after the step that runs; safe from any thread."""

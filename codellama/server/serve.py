@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -55,7 +56,7 @@ def serve(
 
     if os.environ.get("RANK", "0") != "0":
         parts = build()
-        with parts.parallel.together():
+        with _graceful(), parts.parallel.together():  # torchrun sends SIGTERM to all: the leader's word is awaited
             parts.engine.follow()
         return
     serve_parts(build, runtime, host=host, port=port, model_id=model_id, api_key=api_key, max_queue=max_queue)
@@ -79,9 +80,11 @@ def serve_parts(
 
     service = EngineService(build, runtime, on_end=leave)
     app = make_app(service, model_id, api_key, max_queue)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=GRACE, server_header=False)
-    )
+    last = GRACE + 5  # by then a running answer has been cut, and has said so
+    config = uvicorn.Config(
+        app, log_level="warning", lifespan="off", timeout_graceful_shutdown=last, server_header=False
+    )  # fmt: skip
+    server = _Server(config, cut=service.stop)
     address = listener.getsockname()
     logger.info("serving on http://%s:%d/v1 (SIGTERM or Ctrl-C ends it)", *address[:2])
     service.start()
@@ -93,6 +96,22 @@ def serve_parts(
         listener.close()
     if service.error is not None:
         raise service.error
+
+
+class _Server(uvicorn.Server):
+    """Cuts the answers that still run when the grace is over."""
+
+    def __init__(self, config: uvicorn.Config, cut: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._cut = cut
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = threading.Timer(GRACE, self._cut)
+        timer.start()
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,5 +1,6 @@
 """The loop: what it runs, what it frees, and how it ends. (Neighbours and order: tests/test_llama.py.)"""
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -231,3 +232,35 @@ def test_scoring_a_prompt_generates_nothing() -> None:
     (nothing,) = engine.run([request([3] * 40, 0)])
     assert (nothing.tokens, nothing.finish_reason) == ((), "length")
     assert len(runner.batches) == 3
+
+
+def test_a_loop_sleeps_until_something_comes_and_returns_when_told() -> None:
+    engine, runner = new_engine()
+    expected = engine.run([request([7] * 8), request([9] * 5)])
+    looping = threading.Thread(target=engine.loop, daemon=True)
+    looping.start()
+    for completion, prompt in zip(expected, ([7] * 8, [9] * 5), strict=True):
+        ended = threading.Event()
+        asked = request(prompt)
+        engine.submit(asked, lambda delta, ended=ended: delta.finish_reason and ended.set())
+        assert ended.wait(20)
+        assert asked.completion() == completion
+    steps = len(runner.batches)
+    engine.stop()
+    looping.join(20)
+    assert not looping.is_alive()
+    assert len(runner.batches) == steps
+    assert engine.run([request([7] * 8)]) == expected[:1]  # a later call is not told to stop
+
+
+def test_a_loop_that_fails_ends_what_came_and_raises() -> None:
+    engine, runner = new_engine()
+    runner.model.norm.weight.data.fill_(float("nan"))
+    first, second = request([7] * 8), request([9] * 5)
+    engine.submit(first)
+    engine.submit(second)
+    engine.stop()
+    engine.submit(request([5] * 5))
+    with pytest.raises(NumericalError, match="NaN"):
+        engine.loop()
+    assert (first.finish_reason, second.finish_reason) == ("error", "error")

@@ -188,6 +188,27 @@ def test_the_command_ends_with_0_on_sigterm() -> None:
         process.kill()
 
 
+@pytest.mark.slow
+def test_an_answer_that_outlasts_the_grace_is_cut_and_says_so() -> None:
+    process, address = start("--max_seq_len", "60000", "--max_batch_size", "1")
+    try:
+        client = httpx2.Client(base_url=address, timeout=60, trust_env=False)
+        wait_until(lambda: client.get("/../health").status_code == 200)
+        body = {"prompt": "x = [", "max_tokens": 59000, "temperature": 3, "top_p": 1, "stream": True}
+        with client.stream("POST", "/completions", json=body) as response:
+            lines = (line for line in response.iter_lines() if line.startswith("data: "))
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            *_, error, done = lines
+        client.close()
+        assert "the server was stopped before" in error
+        assert done == "data: [DONE]"
+        _, errors = process.communicate(timeout=30)
+        assert (process.returncode, "Traceback" in errors) == (0, False)
+    finally:
+        process.kill()
+
+
 def test_the_command_ends_with_1_without_a_model(tmp_path: Any) -> None:
     process, _ = start("--ckpt_dir", str(tmp_path))
     try:
