@@ -206,19 +206,9 @@ def serve(
     from codellama.server.serve import serve
 
     serve(
-        ckpt_dir,
-        tokenizer_path,
-        runtime,
-        host=host,
-        port=port,
-        model_id=model_id,
-        api_key=api_key,
-        max_queue=max_queue,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        checkpoint_format=checkpoint_format,
-    )
+        ckpt_dir, tokenizer_path, runtime, host=host, port=port, model_id=model_id, api_key=api_key,
+        max_queue=max_queue, device=device, dtype=dtype, seed=seed, checkpoint_format=checkpoint_format,
+    )  # fmt: skip
 
 
 def convert(
