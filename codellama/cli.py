@@ -220,6 +220,7 @@ def convert(
     dtype: str | None = None,
     tokenizer_path: str | None = None,
     rope_theta: float | None = None,
+    checkpoint_format: str | None = None,
 ) -> None:
     """Write weights of any format as a folder in another one.
 
@@ -249,6 +250,7 @@ def convert(
         dtype=dtype,
         tokenizer_path=tokenizer_path,
         rope_theta=rope_theta,
+        checkpoint_format=checkpoint_format,
         progress=sys.stderr.isatty(),
     )
 

@@ -129,12 +129,16 @@ class Llama:
         """
         if self._closed:
             return
-        self._turns.close_stream()
+        self._turns.end_stream("its generator was closed")
         with self._turns.take():
+            if self._closed:  # by another thread, meanwhile
+                return
             self._closed = True
             atexit.unregister(self._at_exit)
-            self.engine.close()
-            self.parallel.leave()
+            try:
+                self.engine.close()
+            finally:
+                self.parallel.leave()
 
     def __enter__(self) -> "Llama":
         return self
@@ -334,8 +338,8 @@ class Llama:
     def _complete(self, make: Callable[[], list[Prompt]], options: SamplingOptions) -> list[tuple[Prompt, Completion]]:
         """Run one batch call on all ranks: world rank 0 checks and deals, each replica's leader runs its share."""
         processor = options.get("logits_processor")
-        self._refuse_closed()
         with self._turns.take():
+            self._refuse_closed()
             mine = self.parallel.deal(make)
 
             def work() -> list[tuple[Prompt, Completion]]:

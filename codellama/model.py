@@ -96,14 +96,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tens
     key = key.flatten(0, 1)[:, None].expand(-1, G, -1, -1)  # [B·K, G, S, D]
     value = value.flatten(0, 1)[:, None].expand(-1, G, -1, -1)
     mixed = torch.empty_like(query)
-    step = query_tile(B, S, query.element_size())
+    copies = K if B > 1 else 1  # one mask serves all heads of one row; heads of several rows need a copy each
+    step = query_tile(B * copies, S, query.element_size())
     for start in range(0, T, step):
         tile = query[:, start : start + step]  # [B, t, H, D]
         hidden = columns > positions[:, start : start + step, None]  # [B, t, S]
-        mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-        mask = mask.repeat_interleave(K if B > 1 else 1, dim=0)[:, None]  # [B·K or 1, 1, t, S]
+        mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]  # [B, 1, t, S]
+        if copies > 1:
+            mask = mask.repeat_interleave(copies, dim=0)  # [B·K, 1, t, S]
         grouped = tile.view(B, -1, K, G, D).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B·K, G, t, D]
         out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
+        del hidden, mask  # before the next ones
         mixed[:, start : start + step] = out.view(B, K, G, -1, D).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return mixed
 

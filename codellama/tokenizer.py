@@ -56,10 +56,13 @@ class Tokenizer:
     def _load(self, content: bytes, where: str) -> None:
         self.model_bytes = content
         try:
-            self._spaced = sentencepiece.SentencePieceProcessor(model_proto=content)
-            self._plain = sentencepiece.SentencePieceProcessor(model_proto=content + _NO_DUMMY_PREFIX)
-        except RuntimeError as error:
+            self._read_pieces(content)
+        except (RuntimeError, UnicodeDecodeError, AssertionError) as error:  # damaged, or made so
             raise CheckpointError(f"{where} ({len(content)} bytes) is not a SentencePiece model") from error
+
+    def _read_pieces(self, content: bytes) -> None:
+        self._spaced = sentencepiece.SentencePieceProcessor(model_proto=content)
+        self._plain = sentencepiece.SentencePieceProcessor(model_proto=content + _NO_DUMMY_PREFIX)
         self.n_words: int = self._spaced.vocab_size()
         self.bos_id: int = self._spaced.bos_id()
         self.eos_id: int = self._spaced.eos_id()

@@ -20,7 +20,7 @@ class TextStream(Iterator[str]):
         """Stream what pieces yields; its code runs inside `turns.take(stream)`."""
         self._pieces = pieces
         self._turns = turns
-        self.taken_away = False
+        self.ended_by: str | None = None
 
     @property
     def running(self) -> bool:
@@ -28,18 +28,20 @@ class TextStream(Iterator[str]):
         return inspect.getgeneratorstate(self._pieces) == inspect.GEN_RUNNING
 
     def __next__(self) -> str:
-        if self.taken_away:
-            raise RuntimeError(
-                "this stream was ended: the thread that read it had ended, and another call was waiting for its turn"
-            )
-        try:
-            return next(self._pieces)
-        finally:
-            self._turns.touch(self)
+        if self.ended_by is not None:
+            raise RuntimeError(f"this stream was ended: {self.ended_by}")
+        self._turns.touch(self)
+        return next(self._pieces)
 
     def close(self) -> None:
         """End the generation; harmless at the end."""
         self._pieces.close()
+
+    def end(self, reason: str) -> None:
+        """Close the stream for its reader, who is told the reason; harmless at the end."""
+        if inspect.getgeneratorstate(self._pieces) != inspect.GEN_CLOSED:
+            self.ended_by = reason
+            self._pieces.close()
 
 
 class Turns:
@@ -70,14 +72,14 @@ class Turns:
 
     def touch(self, stream: TextStream) -> None:
         """Note that this thread is the one that reads the open stream now."""
-        if self._stream is not None and self._stream() is stream:
+        if self._stream is not None and self._stream() is stream and not stream.running:
             self._holder = threading.current_thread()
 
-    def close_stream(self) -> None:
-        """End the open stream, if there is one."""
+    def end_stream(self, reason: str) -> None:
+        """End the open stream, if there is one, unless a piece is being made."""
         stream = self._stream() if self._stream is not None else None
         if stream is not None and not stream.running:
-            stream.close()
+            stream.end(reason)
 
     def _refuse_own(self) -> None:
         if self._holder is not threading.current_thread():
@@ -95,5 +97,4 @@ class Turns:
         holder = self._holder
         stream = self._stream() if self._stream is not None else None
         if stream is not None and holder is not None and not holder.is_alive() and not stream.running:
-            stream.taken_away = True
-            stream.close()
+            stream.end("the thread that read it had ended, and another call was waiting for its turn")

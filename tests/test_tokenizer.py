@@ -262,3 +262,10 @@ def random_ids(rng: random.Random, n_words: int) -> list[int]:
     """Few ids, bytes among them, valid as UTF-8 or not."""
     ranges = ((0, n_words), (3, n_words), (3, 270), (3, 270))
     return [rng.randrange(*rng.choice(ranges)) for _ in range(rng.randrange(9))]
+
+
+def test_a_damaged_piece_is_a_damaged_model() -> None:
+    content = bpe.DEMO.read_bytes()
+    at = content.index("▁return".encode()) + 3
+    with pytest.raises(CheckpointError, match=r"damaged \(\d+ bytes\) is not a SentencePiece model"):
+        Tokenizer.from_bytes(content[:at] + b"\xff" + content[at + 1 :], "damaged")

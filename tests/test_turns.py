@@ -88,6 +88,51 @@ def test_a_processor_that_calls_its_generator_is_told_so(own: Llama, kind: str) 
     assert len(own.text_completion(["def"], **OPTIONS)) == 1
 
 
+def test_a_processor_in_a_stream_that_was_handed_on_is_told_so(own: Llama) -> None:
+    nested: list[bool] = []
+
+    def process(ids: Any, logits: Any) -> Any:
+        if nested:
+            own.text_completion(["def"], **OPTIONS)
+        return logits
+
+    stream = own.stream_completion("def", temperature=0, max_gen_len=20, logits_processor=process)
+    next(stream)
+    nested.append(True)
+    (error,) = in_thread(lambda: list(stream))
+    assert "a logits_processor cannot generate with the generator that calls it" in str(error)
+
+
+def test_a_call_that_waits_while_the_generator_is_closed_is_refused(own: Llama) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(ids: Any, logits: Any) -> Any:
+        begun.set()
+        assert go_on.wait(20)
+        return logits
+
+    def first() -> None:
+        own.text_completion(["def"], temperature=0, max_gen_len=1, logits_processor=wait)
+
+    found: list[Exception] = []
+
+    def second() -> None:
+        try:
+            own.text_completion(["def"], **OPTIONS)
+        except RuntimeError as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=function) for function in (first, own.close, second)]
+    for thread in threads:
+        thread.start()
+        assert begun.wait(20)
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    own.close()
+    assert all("this generator is closed" in str(error) for error in found)
+
+
 def test_a_forgotten_stream_is_closed(own: Llama) -> None:
     next(own.stream_completion("def", temperature=0, max_gen_len=40))
     assert len(own.text_completion(["def"], **OPTIONS)) == 1
@@ -99,7 +144,8 @@ def test_a_closed_generator_frees_its_memory_and_refuses_calls(own: Llama) -> No
     next(stream)
     own.close()
     own.close()
-    assert list(stream) == []
+    with pytest.raises(RuntimeError, match="this stream was ended: its generator was closed"):
+        next(stream)
     assert [reference() for reference in tensors if reference() is not None and not reference().is_meta] == []
     for call in (lambda: own.text_completion(["def"]), lambda: list(own.stream_completion("def"))):
         with pytest.raises(RuntimeError, match="this generator is closed"):

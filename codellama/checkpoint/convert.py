@@ -40,6 +40,7 @@ def convert(
     dtype: str | torch.dtype | None = None,
     tokenizer_path: str | Path | None = None,
     rope_theta: float | None = None,
+    checkpoint_format: str | None = None,
     progress: bool = False,
 ) -> None:
     """Write a checkpoint of any format as a folder in another one.
@@ -54,6 +55,7 @@ def convert(
         dtype: bfloat16, float16 or float32; None keeps that of the source.
         tokenizer_path: None means the tokenizer beside the source's weights, or inside them.
         rope_theta: base of the rotary frequencies, where the source does not say it.
+        checkpoint_format: of the source, as for `open_checkpoint`.
         progress: show a bar on stderr when it takes longer than a second.
 
     Raises:
@@ -70,7 +72,7 @@ def convert(
     kind = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
     if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
         raise CheckpointError(f"{target} is inside of {source}, which is only read: name a folder outside of it")
-    checkpoint = open_checkpoint(source, tokenizer_path, rope_theta)
+    checkpoint = open_checkpoint(source, tokenizer_path, rope_theta, checkpoint_format=checkpoint_format)
     check_shards(checkpoint.args, model_parallel_size)
     if format == "huggingface" and kind is None:
         kind = _common_dtype(checkpoint)

@@ -4,7 +4,6 @@ It knows nothing of text: token ids in, token ids out; a request that carries a 
 leader (model-parallel rank 0) alone decides tokens; the other ranks follow batch by batch.
 """
 
-import logging
 import queue
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,8 +18,6 @@ from codellama.generation.sampling import sample, score
 from codellama.generation.scheduler import Batch, Scheduler
 from codellama.parallel import Parallel
 
-logger = logging.getLogger(__name__)
-
 _DONE, _FAILED = -1, -2  # in place of a batch's first row
 
 
@@ -34,6 +31,7 @@ class Engine:
         self._parallel = parallel
         self._inbox: queue.SimpleQueue[tuple[Callable[[Request], None], Request] | None] = queue.SimpleQueue()
         self._stopping = False
+        self._closed = False
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> None:
         """Queue a request; safe from any thread. on_delta is called by the thread that steps.
@@ -43,6 +41,8 @@ class Engine:
         if on_delta is not None:
             request.on_delta = on_delta
         self._inbox.put((self._scheduler.add, request))
+        if self._closed:
+            request.cancel()
 
     def cancel(self, request: Request) -> None:
         """End a request before the next step; safe from any thread, and harmless when it has ended."""
@@ -58,6 +58,7 @@ class Engine:
             NumericalError: the logits are not finite.
             RankError: another rank is gone.
         """
+        assert not self._closed, "a closed engine runs nothing"
         try:
             return self._step()
         except BaseException as error:
@@ -120,7 +121,7 @@ class Engine:
         self._stopping = False
         with self._session():
             while not self._stopping:
-                if not self.step():
+                if not self.step() and not self._stopping:  # the step may have read the wish to stop
                     self._act(self._inbox.get())
 
     def stop(self) -> None:
@@ -142,7 +143,8 @@ class Engine:
             self._runner.forget()
 
     def close(self) -> None:
-        """Free weights and cache, and let what has not ended end as cancelled."""
+        """Free weights and cache, and let what has not ended end as cancelled; so ends what is submitted later."""
+        self._closed = True
         self._read_inbox()
         self._scheduler.end()
         self._runner.free()
@@ -184,10 +186,7 @@ class Engine:
             self._stopping = True
             return
         act, request = entry
-        try:
-            act(request)  # hands out a last delta where it ends the request
-        except Exception as error:
-            _log_own(request, error)
+        act(request)
 
     def _fail(self, error: BaseException) -> None:
         """End every request, those that still lie in the inbox too, and forget what may be spoilt."""
@@ -216,6 +215,8 @@ class Engine:
                 last = logits[row, -1]
                 try:
                     token = sample(last, request.params, request.rng.random(), request.history())
+                except StopIteration as error:  # which would look like the end of a stream
+                    request.fail(RuntimeError(f"logits_processor raised {error!r}"))
                 except Exception as error:  # of its logits_processor
                     request.fail(error)
                 else:
@@ -225,12 +226,7 @@ class Engine:
         tokens = torch.stack([token for _, _, token in drawn]).tolist()  # one wait for all rows
         for (request, last, _), token in zip(drawn, tokens, strict=True):
             params = request.params
-            try:
-                request.append(token, score(last[None], [token], params.top_logprobs)[0] if params.logprobs else None)
-            except Exception as error:  # of its on_delta
-                _log_own(request, error)
-                request.on_delta = None
-                request.fail(error)
+            request.append(token, score(last[None], [token], params.top_logprobs)[0] if params.logprobs else None)
 
     def _check_finite(self, logits: Tensor) -> None:
         """Refuse NaN and infinity, and name the ranks whose share of the vocabulary holds them."""
@@ -246,8 +242,3 @@ class Engine:
             f"the model produced {found} instead of logits on rank {ranks}: the weights are damaged, or the values "
             f"overflow {self._runner.cache.keys[0].dtype}; verify the checkpoint, or try dtype=torch.float32"
         )
-
-
-def _log_own(request: Request, error: Exception) -> None:
-    """What a request's own receiver raises concerns nobody else, and may have nobody else to tell."""
-    logger.error("the receiver of %s raised %s: %s", request.where, type(error).__name__, error)

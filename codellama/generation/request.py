@@ -246,29 +246,40 @@ class Request:
         self.finish_reason, self.error = reason, error
         self._emit(text + (self.text.finish() if self.text else ""))
 
+    def cancel(self) -> None:
+        """End the request, unless it has ended, because nobody wants it any more."""
+        if self.finish_reason is None:
+            self.finish("cancelled")
+
     def fail(self, error: BaseException) -> None:
         """End the request, unless it has ended, because of an error of its own or of the whole engine."""
-        if self.finish_reason is not None:
-            return
-        try:
+        if self.finish_reason is None:
             self.finish("error", error=error)
-        except Exception:  # the one to tell is the one that fails: the request has ended all the same
-            logger.exception("the receiver of the end of %s raised", self.where)
 
     def _emit(self, text: str) -> None:
         """Hand out text, and the tokens that have become certain with it."""
         certain = len(self.output)
         if self.text and self.finish_reason is None:
             certain = self.text.n_tokens
-        returned = self._returned()[: len(self.prompt) * self.params.echo + certain]
+        whole = self._returned()
+        returned = whole[: len(whole) - len(self.output) + certain]
         tokens = returned[self._n_handed :]
         scores = self.scores[self._n_handed : len(returned)] if self.params.logprobs else []
         self._n_handed = len(returned)
-        if self.on_delta is not None:
+        if self.on_delta is None:
+            return
+        try:
             self.on_delta(Delta(text, tuple(tokens), tuple(scores), self.finish_reason, self.error))
+        except Exception as error:  # concerns this request alone, and there is nobody left to tell
+            logger.error("the receiver of %s raised %s: %s", self.where, type(error).__name__, error)
+            self.on_delta = None
+            self.fail(error)
 
     def _returned(self) -> list[int]:
-        return [*self.prompt, *self.output] if self.params.echo else self.output
+        if not self.params.echo:
+            return self.output
+        scored = len(self.scores) if self.scores_prompt else len(self.prompt)
+        return [*self.prompt[:scored], *self.output]  # a prompt that was not scored through is returned so far
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> list[int]:

@@ -165,6 +165,48 @@ def test_a_raising_receiver_ends_its_own_request_alone() -> None:
     assert len(other.output) == 5
 
 
+def test_a_raising_receiver_of_a_score_ends_its_own_request_alone() -> None:
+    engine, _ = new_engine()
+    scored, other = request([1] * 3, 0, echo=True, logprobs=True), request([2] * 3, 5)
+
+    def receive(delta: Delta) -> None:
+        raise LookupError("from the receiver")
+
+    engine.submit(other)
+    engine.submit(scored, receive)
+    while engine.step():
+        pass
+    assert (scored.finish_reason, other.finish_reason) == ("length", "length")
+    assert len(other.output) == 5
+
+
+def test_a_closed_engine_has_ended_everything_and_takes_nothing() -> None:
+    engine, runner = new_engine()
+    requests = [request([1] * 3, 50) for _ in range(3)]
+
+    def receive(delta: Delta) -> None:
+        raise LookupError("from the receiver")
+
+    for asked in requests:
+        engine.submit(asked, receive)
+    engine.close()
+    late = request([1] * 3, 5)
+    engine.submit(late)
+    assert [asked.finish_reason for asked in (*requests, late)] == ["cancelled"] * 4
+    assert all(parameter.is_meta for parameter in runner.model.parameters())
+
+
+def test_a_score_that_is_cancelled_returns_as_many_tokens_as_scores() -> None:
+    engine, _ = new_engine(chunk_size=10)
+    asked = request([4] * 35, 0, echo=True, logprobs=True)
+    engine.submit(asked)
+    engine.step()
+    engine.cancel(asked)
+    engine.step()
+    done = asked.completion()
+    assert (done.finish_reason, len(done.tokens), len(done.scores)) == ("cancelled", 11, 11)
+
+
 def test_a_failure_of_the_model_ends_every_request_once_with_its_cause() -> None:
     """Those that run, wait, and are submitted while the failing step runs; then the engine goes on as if new."""
     engine, runner = failing_engine(rows=1)
@@ -250,6 +292,12 @@ def test_a_loop_sleeps_until_something_comes_and_returns_when_told() -> None:
     looping.join(20)
     assert not looping.is_alive()
     assert len(runner.batches) == steps
+    for _ in range(200):  # whether the loop sleeps by then or is about to look into its inbox
+        again = threading.Thread(target=engine.loop, daemon=True)
+        again.start()
+        engine.stop()
+        again.join(20)
+        assert not again.is_alive()
     assert engine.run([request([7] * 8)]) == expected[:1]  # a later call is not told to stop
 
 

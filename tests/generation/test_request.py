@@ -319,7 +319,7 @@ def test_a_receiver_that_raises_at_the_end_changes_nothing(caplog: pytest.LogCap
     request.fail(error)
     request.fail(LookupError("a second end"))
     assert (request.finish_reason, request.error) == ("error", error)
-    assert "the receiver of the end of the prompt raised" in caplog.text
+    assert "the receiver of the prompt raised LookupError: from the receiver" in caplog.text
 
 
 def test_cancelling_hands_out_what_was_held() -> None:
