@@ -4,7 +4,6 @@ A command is a function in COMMANDS; its parameters are the flags, and its docst
 checked without torch first. All that is done with a model is the generator's.
 """
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING
 from codellama import __version__
 from codellama.command import run_command
 from codellama.config import RuntimeArgs, SamplingParams
-from codellama.errors import CodeLlamaError, PromptError
+from codellama.errors import PromptError
 from codellama.prompt_file import read_prompt, split_prompt
 from codellama.prompts import TAGS
-from codellama.server.address import is_public
+from codellama.server.command import serve
 
 if TYPE_CHECKING:
     from codellama.llama import Llama
@@ -153,62 +152,6 @@ def chat(
             print("codellama: the answer holds tags of the chat format, so this turn is forgotten", file=sys.stderr)
         else:
             dialog = [*turn, {"role": "assistant", "content": answer}]
-
-
-def serve(
-    *,
-    ckpt_dir: str | None = None,
-    tokenizer_path: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key: str | None = None,
-    force: bool = False,
-    max_queue: int = 64,
-    model_id: str = "codellama",
-    max_seq_len: int = 2048,
-    max_batch_size: int = 4,
-    chunk_size: int = 512,
-    seed: int | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    checkpoint_format: str | None = None,
-) -> None:
-    """Serve an OpenAI-compatible API to editors and chat clients.
-
-    It needs the extra: pip install 'codellama[serve]'. Clients take http://127.0.0.1:8000/v1 as their base URL.
-
-    Args:
-        host (ADDRESS): where to listen; other machines can reach anything but 127.0.0.1.
-        port: 0 takes a free one.
-        api_key (KEY): what clients must bring; without it, everybody is served.
-        force: listen on a public address without a key.
-        max_queue: prompts that may wait, beside those that run.
-        model_id (NAME): what clients see as the name of the model.
-        max_batch_size: answers that are generated at once.
-        chunk_size: tokens of a prompt that are read between two steps of the others.
-
-    Examples:
-        codellama serve --ckpt_dir CodeLlama-7b-Instruct
-        codellama serve --ckpt_dir CodeLlama-7b-Instruct --max_seq_len 8192 --port 8080
-        torchrun --nproc_per_node 2 -m codellama serve --ckpt_dir CodeLlama-13b-Instruct
-    """
-    runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size)
-    if not 0 <= port < 2**16:
-        raise ValueError(f"port is {port}; a number from 0 to 65535 was expected")
-    if max_queue < 0:
-        raise ValueError(f"max_queue is {max_queue}; it must be at least 0")
-    if api_key == "":
-        raise ValueError("api_key is empty; leave the flag out to serve without a key")
-    if api_key is None and not force and is_public(host):
-        raise ValueError(f"{host} can be reached from other machines: give an --api_key, or --force to serve anybody")
-    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
-        raise CodeLlamaError("fastapi or uvicorn is not installed; the server needs pip install 'codellama[serve]'")
-    from codellama.server.serve import serve
-
-    serve(
-        ckpt_dir, tokenizer_path, runtime, host=host, port=port, model_id=model_id, api_key=api_key,
-        max_queue=max_queue, device=device, dtype=dtype, seed=seed, checkpoint_format=checkpoint_format,
-    )  # fmt: skip
 
 
 def convert(

@@ -31,6 +31,13 @@ TORCH_FREE = (
     "codellama.server.faults",
     "codellama.server.service",
     "codellama.server.address",
+    "codellama.server.access",
+    "codellama.server.banner",
+    "codellama.server.command",
+    "codellama.server.llama_cpp",
+    "codellama.server.metrics",
+    "codellama.server.record",
+    "codellama.server.settings",
 )
 # One fresh interpreter; each import happens in a fork of it, so that none is helped by the one before.
 PROGRAM = """

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from codellama.cache import KVCache
 from codellama.errors import NumericalError, RankError
 from codellama.generation.request import Completion, Delta, Request
 from codellama.generation.runner import Runner
@@ -47,6 +48,16 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End a request before the next step; safe from any thread, and harmless when it has ended."""
         self._inbox.put((self._scheduler.cancel, request))
+
+    @property
+    def cache(self) -> KVCache:
+        """The keys and values of this rank."""
+        return self._runner.cache
+
+    def load(self) -> tuple[int, int]:
+        """Count the requests that run and those that wait; from any thread, and not to the last one."""
+        running, waiting = self._scheduler.load()
+        return running, waiting + self._inbox.qsize()
 
     def step(self) -> bool:
         """Run one batch on all ranks. Call it on the leader; returns False when there is nothing to do.

@@ -31,6 +31,8 @@ class TokenScore:
 class Delta:
     """What is certain since the last one: text, ids and their scores. The last of a request has a finish_reason.
 
+    Where a stop string ended it, the last one says which; and each says how many tokens of the prompt the cache held.
+
     All deltas of a request, one after the other, are its Completion: what may still be cut off by a stop string is held
     back, and with echo the first one begins with the prompt's ids and scores.
     """
@@ -40,6 +42,8 @@ class Delta:
     scores: tuple[TokenScore, ...] = ()
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
+    stopped_by: str | None = None
+    n_reused: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,12 @@ class GeneratedText:
         self._starts: list[int] = []
         self._n_certain = 0
         self._ended = False
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """True once a stop string has ended the text."""
+        return self.stopped_by is not None
 
     @property
     def text(self) -> str:
@@ -119,10 +128,9 @@ class GeneratedText:
     def _take(self, text: str, final: bool) -> str:
         self._decoded += len(text)
         self._held += text
-        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            sure = min(found)[1]
+            _, sure, self.stopped_by = min(found)
         else:
             sure = len(self._held) if final else len(self._held) - self._overlap()
         taken, self._held = self._held[:sure], self._held[sure:]
@@ -269,7 +277,10 @@ class Request:
         if self.on_delta is None:
             return
         try:
-            self.on_delta(Delta(text, tuple(tokens), tuple(scores), self.finish_reason, self.error))
+            word = self.text.stopped_by if self.text and self.finish_reason is not None else None
+            self.on_delta(
+                Delta(text, tuple(tokens), tuple(scores), self.finish_reason, self.error, word, self.n_reused)
+            )  # fmt: skip
         except Exception as error:  # concerns this request alone, and there is nobody left to tell
             logger.error("the receiver of %s raised %s: %s", self.where, type(error).__name__, error)
             self.on_delta = None

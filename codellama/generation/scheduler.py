@@ -76,6 +76,10 @@ class Scheduler:
         """True while a request waits or runs."""
         return bool(self._waiting) or any(self._rows)
 
+    def load(self) -> tuple[int, int]:
+        """Count the requests that have a row, and those that wait for one."""
+        return sum(request is not None for request in self._rows), len(self._waiting)
+
     def add(self, request: Request) -> None:
         """Let a request wait for a row. One that asks for nothing is finished at once; one that has ended stays so."""
         if request.finish_reason is not None:

@@ -17,6 +17,11 @@ Json = dict[str, Any]
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 
+def split_lines(text: str) -> list[str]:
+    """Cut a text after each of its line ends: a piece of a stream never goes on after one."""
+    return _LINE.findall(text)
+
+
 class Choice:
     """One generated text, as it grows."""
 
@@ -46,7 +51,7 @@ class Choice:
         self._scores += delta.scores
         self.n_tokens = max(0, len(self._tokens) - self._echoed)
         logprobs = self._logprobs(delta.tokens, delta.scores) if self._wants_scores else None
-        pieces = _LINE.findall(text)
+        pieces = split_lines(text)
         if not pieces and logprobs is not None and delta.tokens:
             pieces = [""]
         for piece in pieces:
@@ -131,6 +136,9 @@ class ChatChoice(Choice):
 class Answer:
     """The answer to one HTTP request: all its choices, in an envelope."""
 
+    done = "data: [DONE]\n\n"
+    """What a stream ends with, beside its last event."""
+
     def __init__(
         self,
         prompts: Sequence[Prompt],
@@ -150,7 +158,7 @@ class Answer:
         """
         kind = ChatChoice if chat else Choice
         self.choices = [kind(index, prompt, tokenizer, echo) for index, prompt in enumerate(prompts)]
-        self._prompt_tokens = sum(len(prompt.tokens) for prompt in prompts[::n])
+        self.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts[::n])
         self._include_usage = include_usage
         self._names = ("chat.completion", "chat.completion.chunk") if chat else ("text_completion", "text_completion")
         self._head: Json = {
@@ -158,6 +166,11 @@ class Answer:
             "created": int(time.time()),
             "model": model_id,
         }
+
+    @property
+    def n_generated(self) -> int:
+        """Tokens of all choices so far."""
+        return sum(choice.n_tokens for choice in self.choices)
 
     def openings(self) -> Iterator[Json]:
         """Chunks that a stream begins with."""
@@ -185,9 +198,8 @@ class Answer:
         return {"object": self._names[1], **self._head, "choices": [choice], **usage}
 
     def _usage(self) -> Json:
-        generated = sum(choice.n_tokens for choice in self.choices)
         return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": generated,
-            "total_tokens": self._prompt_tokens + generated,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.n_generated,
+            "total_tokens": self.prompt_tokens + self.n_generated,
         }

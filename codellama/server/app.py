@@ -1,41 +1,50 @@
 """The routes: which path does what. It knows a service, not an engine, and loads no torch."""
 
+import logging
 from collections.abc import Callable
-from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 
 from codellama import __version__
 from codellama.errors import CodeLlamaError, PromptError
+from codellama.generation.prompt import Prompt
+from codellama.server.access import RECORD, AccessLog
 from codellama.server.answers import Answer, Json
 from codellama.server.faults import fault_response, tell
-from codellama.server.guard import MAX_BODY, Guard
-from codellama.server.running import Admission, Run, Running
-from codellama.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from codellama.server.guard import Guard
+from codellama.server.llama_cpp import InfillRequest, LlamaCppAnswer, LlamaCppRequest
+from codellama.server.metrics import Metrics
+from codellama.server.running import Admission, Answering, Run, Running
+from codellama.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeRequest,
+)
 from codellama.server.service import Service
+from codellama.server.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
-def make_app(
-    service: Service, model_id: str, api_key: str | None = None, max_queue: int = 64, max_body: int = MAX_BODY
-) -> FastAPI:
-    """Make the ASGI app.
-
-    Args:
-        model_id: what the model is called; requests may call it anything.
-        api_key: what clients must bring; None asks for nothing.
-        max_queue: prompts that may wait, beside those that run; more are answered with 503.
-        max_body: bytes of a request's body.
-    """
+def make_app(service: Service, settings: Settings) -> FastAPI:
+    """Make the ASGI app; its host and port are for others to listen on."""
+    metrics = Metrics(service, settings.model_id)
     app = FastAPI(title="codellama", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, api_key=api_key, max_body=max_body)
+    app.add_middleware(Guard, api_key=settings.api_key, max_body=settings.max_body)
+    if settings.cors:  # outside of the guard: a browser asks for permission without a key
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(AccessLog, metrics=metrics)
     for kind in (CodeLlamaError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _tell)
-    routes = _routes(service, model_id, max_queue)
+    routes = _routes(service, settings)
     app.include_router(routes, prefix="/v1")
     app.include_router(routes, include_in_schema=False)
 
@@ -46,6 +55,11 @@ def make_app(
         if state == "ready":
             return JSONResponse({"status": "ok"})
         return fault_response(503, f"the model is not ready: it is {state}")
+
+    @app.get("/metrics")
+    async def tell_metrics() -> Response:
+        """Count and measure, for Prometheus."""
+        return Response(metrics.write(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Json:
@@ -68,11 +82,12 @@ def make_app(
     return app
 
 
-def _routes(service: Service, model_id: str, max_queue: int) -> APIRouter:
+def _routes(service: Service, settings: Settings) -> APIRouter:
     """Make the routes that exist with and without /v1."""
     router = APIRouter()
+    model_id = settings.model_id
     status = service.status()
-    admission = Admission(status.max_batch_size + max_queue)
+    admission = Admission(status.max_batch_size + settings.max_queue)
     model: Json = {
         "id": model_id,
         "object": "model",
@@ -82,14 +97,28 @@ def _routes(service: Service, model_id: str, max_queue: int) -> APIRouter:
     }
 
     @router.post("/chat/completions", response_model=None)
-    async def chat(body: ChatRequest) -> Response:
+    async def chat(body: ChatRequest, request: HttpRequest) -> Response:
         """Answer a chat."""
-        return await respond(body, chat=True)
+        prompts = await make(body)
+        return respond(request, body, prompts, openai(body, prompts, chat=True))
 
     @router.post("/completions", response_model=None)
-    async def complete(body: CompletionRequest) -> Response:
+    async def complete(body: CompletionRequest, request: HttpRequest) -> Response:
         """Continue texts, or fill a gap."""
-        return await respond(body, chat=False, echo=body.echo)
+        prompts = await make(body)
+        return respond(request, body, prompts, openai(body, prompts, chat=False, echo=body.echo))
+
+    @router.post("/completion", response_model=None)
+    async def complete_as_llama_cpp(body: LlamaCppRequest, request: HttpRequest) -> Response:
+        """Continue texts, in llama.cpp's words."""
+        prompts = await make(body)
+        return respond(request, body, prompts, LlamaCppAnswer(prompts, service.tokenizer, model_id, body))
+
+    @router.post("/infill", response_model=None)
+    async def infill_as_llama_cpp(body: InfillRequest, request: HttpRequest) -> Response:
+        """Fill a gap, in llama.cpp's words."""
+        prompts = await make(body)
+        return respond(request, body, prompts, LlamaCppAnswer(prompts, service.tokenizer, model_id, body))
 
     @router.get("/models")
     async def models() -> Json:
@@ -101,17 +130,25 @@ def _routes(service: Service, model_id: str, max_queue: int) -> APIRouter:
         """Describe the one model, whatever it is called."""
         return model
 
-    async def respond(body: ChatRequest | CompletionRequest, *, chat: bool, echo: bool = False) -> Response:
-        tokenizer = service.tokenizer
+    async def make(body: ChatRequest | CompletionRequest | LlamaCppRequest) -> list[Prompt]:
         # Texts may be long: the event loop has other clients meanwhile.
-        make: Callable[..., Any] = body.prompts
-        prompts = await run_in_threadpool(make, service.prompts, tokenizer)
+        make_prompts: Callable[..., list[Prompt]] = body.prompts
+        prompts = await run_in_threadpool(make_prompts, service.prompts, service.tokenizer)
         if len(prompts) > admission.limit:
             raise PromptError(f"the request asks for {len(prompts)} answers; at most {admission.limit} are possible")
-        answer = Answer(
-            prompts, tokenizer, model_id, chat=chat, n=body.n, echo=echo, include_usage=body.include_usage
+        return prompts
+
+    def openai(body: GenerationRequest, prompts: list[Prompt], *, chat: bool, echo: bool = False) -> Answer:
+        return Answer(
+            prompts, service.tokenizer, model_id, chat=chat, n=body.n, echo=echo, include_usage=body.include_usage
         )  # fmt: skip
-        return Running(Run(service, admission, prompts), answer, stream=body.stream)
+
+    def respond(request: HttpRequest, body: GenerationRequest, prompts: list[Prompt], answer: Answering) -> Response:
+        if settings.log_prompts:
+            for prompt in prompts:
+                logger.info("id=%s prompt=%r", request.scope[RECORD].id, service.tokenizer.decode(prompt.tokens))
+        run = Run(service, admission, prompts, settings.timeout)
+        return Running(run, answer, stream=body.stream, log_answers=settings.log_prompts)
 
     return router
 

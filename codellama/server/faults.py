@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from codellama.errors import CodeLlamaError, ContextLengthError, PromptError
 from codellama.server.service import NotReadyError
 
-_BUSY = {"Retry-After": "1"}
+_HEADERS = {503: {"Retry-After": "1"}, 504: {"x-should-retry": "false"}}  # OpenAI's clients repeat other 5xx
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -23,6 +23,14 @@ class BusyError(CodeLlamaError):
 class BrokenAnswerError(CodeLlamaError):
     """A generation ended before it was done, and not for a reason of the client's."""
 
+    status = 500
+
+
+class DeadlineError(BrokenAnswerError):
+    """A generation took longer than a request may take."""
+
+    status = 504
+
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """Write an error as OpenAI's clients read it."""
@@ -32,7 +40,7 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 
 def fault_response(status: int, message: str, **more: Any) -> JSONResponse:
     """Answer with an error; more are param and code."""
-    return JSONResponse(error_body(status, message, **more), status, _BUSY if status == 503 else None)
+    return JSONResponse(error_body(status, message, **more), status, _HEADERS.get(status))
 
 
 def tell(error: Exception) -> JSONResponse:
@@ -45,7 +53,7 @@ def tell(error: Exception) -> JSONResponse:
         case BusyError() | NotReadyError():
             return fault_response(503, str(error))
         case BrokenAnswerError():
-            return fault_response(500, str(error))
+            return fault_response(error.status, str(error))
         case RequestValidationError():
             first = error.errors()[0]
             is_json = first["type"] != "json_invalid"  # else the place is a number of characters

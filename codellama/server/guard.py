@@ -8,8 +8,7 @@ import hmac
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from codellama.server.faults import fault_response
-
-MAX_BODY = 4 * 2**20  # bytes; a context of 100,000 tokens is about 400,000
+from codellama.server.settings import MAX_BODY
 
 
 class Guard:

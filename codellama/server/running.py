@@ -5,9 +5,10 @@ It knows of HTTP only how bytes are sent and how a client that has gone is notic
 
 import asyncio
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -15,11 +16,43 @@ from starlette.types import Receive, Scope, Send
 from codellama.errors import NumericalError
 from codellama.generation.prompt import Prompt
 from codellama.generation.request import Delta, Request
-from codellama.server.answers import Answer
-from codellama.server.faults import BrokenAnswerError, BusyError, error_body, tell
+from codellama.server.access import RECORD
+from codellama.server.answers import Json
+from codellama.server.faults import BrokenAnswerError, BusyError, DeadlineError, error_body, tell
+from codellama.server.record import Record
 from codellama.server.service import Service
 
+logger = logging.getLogger(__name__)
+
 KEEP_ALIVE = 5.0  # seconds of silence after which a comment shows that somebody is still there
+
+
+class Answering(Protocol):
+    """What an answer in somebody's words must do."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts; those that are answered several times count once."""
+
+    @property
+    def n_generated(self) -> int:
+        """Tokens of all texts so far."""
+
+    @property
+    def done(self) -> str:
+        """What a stream ends with, beside its last event."""
+
+    def openings(self) -> Iterator[Json]:
+        """Chunks that a stream begins with."""
+
+    def push(self, index: int, delta: Delta) -> Iterator[Json]:
+        """Take a delta of a prompt and yield the chunks that tell it."""
+
+    def closing(self) -> Iterator[Json]:
+        """Chunks that a stream ends with."""
+
+    def whole(self) -> Json | list[Json]:
+        """All of it, once everything has ended."""
 
 
 class Admission:
@@ -48,8 +81,10 @@ class Admission:
 class Run:
     """The prompts of one HTTP request, running. Close it, whatever happens."""
 
-    def __init__(self, service: Service, admission: Admission, prompts: Sequence[Prompt]) -> None:
-        """Submit them; call it on the event loop.
+    def __init__(
+        self, service: Service, admission: Admission, prompts: Sequence[Prompt], timeout: float | None = None
+    ) -> None:
+        """Submit them; call it on the event loop. After timeout seconds, `next` raises DeadlineError.
 
         Raises:
             BusyError: too many are under way.
@@ -59,6 +94,8 @@ class Run:
         self._service, self._admission, self._n = service, admission, len(prompts)
         self._loop = asyncio.get_running_loop()
         self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        self._timeout = timeout
+        self._deadline = None if timeout is None else self._loop.time() + timeout
         self._open = len(prompts)
         self._handles: list[Request] = []
         try:
@@ -82,9 +119,15 @@ class Run:
         """Wait for what comes next: the place of a prompt, and its delta.
 
         Raises:
-            BrokenAnswerError: a prompt ended before it was done.
+            BrokenAnswerError: a prompt ended before it was done; DeadlineError: it took too long.
         """
-        index, delta = await self._deltas.get()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                index, delta = await self._deltas.get()
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"the answer takes longer than {self._timeout:g} seconds, the server's limit"
+            ) from error
         if delta.finish_reason is not None:
             self._open -= 1
         if delta.finish_reason == "error":
@@ -105,18 +148,24 @@ class Run:
 class Running(Response):
     """A response that is made while it is sent, and that ends when the client goes away."""
 
-    def __init__(self, run: Run, answer: Answer, *, stream: bool) -> None:
+    def __init__(self, run: Run, answer: Answering, *, stream: bool, log_answers: bool = False) -> None:
         """Send the answer of a run as server-sent events, or as one JSON object."""
         super().__init__()
-        self._run, self._answer, self._stream = run, answer, stream
+        self._run, self._answer, self._stream, self._log_answers = run, answer, stream, log_answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it, or stop at once when nobody listens any more."""
-        work = asyncio.create_task(self._events(send) if self._stream else self._whole(scope, receive, send))
+        record = scope[RECORD]
+        record.prompt_tokens = self._answer.prompt_tokens
+        work = asyncio.create_task(
+            self._events(send, record) if self._stream else self._whole(scope, receive, send, record)
+        )
         gone = asyncio.create_task(_gone(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            if not work.done():
+                record.ends.append("gone")
             self._run.close()
             unfinished = [task for task in (work, gone) if not task.done()]
             for task in unfinished:
@@ -125,19 +174,28 @@ class Running(Response):
         if work.done() and not work.cancelled():
             work.result()  # what went wrong in it is ours to raise
 
-    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _next(self, record: Record) -> list[Json]:
+        """Wait for what comes next, and return the chunks that tell it."""
+        index, delta = await self._run.next()
+        before = self._answer.n_generated
+        chunks = list(self._answer.push(index, delta))
+        record.take(index, delta, self._answer.n_generated - before)
+        if self._log_answers and delta.text:
+            logger.info("id=%s answer=%d text=%r", record.id, index, delta.text)
+        return chunks
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         try:
             while self._run.running:
-                index, delta = await self._run.next()
-                for _ in self._answer.push(index, delta):
-                    pass
+                await self._next(record)
         except BrokenAnswerError as error:
+            record.ends.append(type(error).__name__)
             response: Response = tell(error)
         else:
             response = Response(_dump(self._answer.whole()), media_type="application/json")
         await response(scope, receive, send)
 
-    async def _events(self, send: Send) -> None:
+    async def _events(self, send: Send, record: Record) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         for chunk in self._answer.openings():
@@ -147,18 +205,18 @@ class Running(Response):
         try:
             while self._run.running:
                 try:
-                    index, delta = await asyncio.wait_for(self._run.next(), KEEP_ALIVE)
+                    chunks = await asyncio.wait_for(self._next(record), KEEP_ALIVE)
                 except TimeoutError:
                     await _send(send, ": keep-alive\n\n")
                     continue
-                for chunk in self._answer.push(index, delta):
+                for chunk in chunks:
                     await _send(send, f"data: {_dump(chunk)}\n\n")
             for chunk in self._answer.closing():
                 await _send(send, f"data: {_dump(chunk)}\n\n")
         except BrokenAnswerError as error:
-            await _send(send, f"data: {_dump(error_body(500, str(error)))}\n\n")
-        await _send(send, "data: [DONE]\n\n")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            record.ends.append(type(error).__name__)
+            await _send(send, f"data: {_dump(error_body(error.status, str(error)))}\n\n")
+        await send({"type": "http.response.body", "body": self._answer.done.encode(), "more_body": False})
 
 
 async def _gone(receive: Receive) -> None:
@@ -171,5 +229,5 @@ async def _send(send: Send, text: str) -> None:
     await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
 
-def _dump(value: dict[str, Any]) -> str:
+def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -17,7 +17,9 @@ from codellama.assembly import Parts, assemble
 from codellama.config import RuntimeArgs
 from codellama.errors import ParallelSizeError
 from codellama.server.app import make_app
+from codellama.server.banner import write_banner
 from codellama.server.service import EngineService
+from codellama.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +30,8 @@ def serve(
     ckpt_dir: str | None,
     tokenizer_path: str | None,
     runtime: RuntimeArgs,
+    settings: Settings,
     *,
-    host: str,
-    port: int,
-    model_id: str,
-    api_key: str | None,
-    max_queue: int,
     device: str | None,
     dtype: str | None,
     seed: int | None,
@@ -59,34 +57,28 @@ def serve(
         with _graceful(), parts.parallel.together():  # torchrun sends SIGTERM to all: the leader's word is awaited
             parts.engine.follow()
         return
-    serve_parts(build, runtime, host=host, port=port, model_id=model_id, api_key=api_key, max_queue=max_queue)
+    serve_parts(build, runtime, settings)
 
 
-def serve_parts(
-    build: Callable[[], Parts],
-    runtime: RuntimeArgs,
-    *,
-    host: str,
-    port: int,
-    model_id: str,
-    api_key: str | None,
-    max_queue: int,
-) -> None:
+def serve_parts(build: Callable[[], Parts], runtime: RuntimeArgs, settings: Settings) -> None:
     """Listen at once, load meanwhile, and serve; arguments and errors are those of `serve`."""
-    listener = _listen(host, port)
+    listener = _listen(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
 
     def leave() -> None:
         server.should_exit = True
 
-    service = EngineService(build, runtime, on_end=leave)
-    app = make_app(service, model_id, api_key, max_queue)
+    def greet(parts: Parts) -> None:
+        logger.info("%s", write_banner(parts, settings, host, port))
+
+    service = EngineService(build, runtime, on_end=leave, on_ready=greet)
+    app = make_app(service, settings)
     last = GRACE + 5  # by then a running answer has been cut, and has said so
     config = uvicorn.Config(
-        app, log_level="warning", lifespan="off", timeout_graceful_shutdown=last, server_header=False
+        app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=last, server_header=False
     )  # fmt: skip
     server = _Server(config, cut=service.stop)
-    address = listener.getsockname()
-    logger.info("serving on http://%s:%d/v1 (SIGTERM or Ctrl-C ends it)", *address[:2])
+    logger.info("serving on http://%s:%d/v1 when the model is loaded", f"[{host}]" if ":" in host else host, port)
     service.start()
     try:
         with _graceful():

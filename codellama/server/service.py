@@ -31,11 +31,14 @@ class Status:
     Attributes:
         max_seq_len: tokens of prompt and generation together.
         max_batch_size: requests that run at once.
+        running: those that do; waiting: those that have no row of the cache yet.
     """
 
     state: State
     max_seq_len: int
     max_batch_size: int
+    running: int = 0
+    waiting: int = 0
 
 
 class NotReadyError(CodeLlamaError):
@@ -66,17 +69,25 @@ class Service(Protocol):
 class EngineService:
     """A service on an engine of this process, which one thread loads and then steps."""
 
-    def __init__(self, build: Callable[[], "Parts"], runtime: RuntimeArgs, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        build: Callable[[], "Parts"],
+        runtime: RuntimeArgs,
+        on_end: Callable[[], None],
+        on_ready: Callable[["Parts"], None] = lambda parts: None,
+    ) -> None:
         """Prepare to serve; `start` begins to load.
 
         Args:
             build: makes the parts, in the thread that will run them.
             runtime: what the parts will have.
             on_end: called from the thread when no model could be loaded.
+            on_ready: called from the thread when requests are answered.
         """
         self._build = build
         self._runtime = runtime
         self._on_end = on_end
+        self._on_ready = on_ready
         self._parts: Parts | None = None
         self._state: State = "loading"
         self._lock = threading.Lock()  # nothing enters the inbox after the state says that nobody reads it
@@ -131,7 +142,9 @@ class EngineService:
 
     def status(self) -> Status:
         """See Service."""
-        return Status(self._state, self._runtime.max_seq_len, self._runtime.max_batch_size)
+        parts = self._parts
+        running, waiting = (0, 0) if parts is None else parts.engine.load()
+        return Status(self._state, self._runtime.max_seq_len, self._runtime.max_batch_size, running, waiting)
 
     def _ready(self) -> "Parts":
         if self._state != "ready" or self._parts is None:
@@ -150,6 +163,7 @@ class EngineService:
             if self._state == "stopped":
                 return
             self._parts, self._state = parts, "ready"
+        self._on_ready(parts)
         end: State = "stopped"
         try:
             with parts.parallel.together():

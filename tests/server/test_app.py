@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from codellama.generation.request import Delta
 from codellama.server import running
 from codellama.server.app import make_app
+from codellama.server.settings import Settings
 from codellama.tokenizer import Tokenizer
 from tests.support.scripted import ScriptedService
 
@@ -24,7 +25,7 @@ def service(tokenizer: Tokenizer) -> ScriptedService:
 
 
 def client(service: ScriptedService, **options: Any) -> TestClient:
-    return TestClient(make_app(service, "codellama-tiny", **options), raise_server_exceptions=False)
+    return TestClient(make_app(service, Settings(model_id="codellama-tiny", **options)), raise_server_exceptions=False)
 
 
 def events(text: str) -> list[Any]:
@@ -178,7 +179,7 @@ def test_a_client_that_leaves_ends_its_generation(service: ScriptedService, stre
     service.script = [Delta("Hi", (5,))]
 
     async def leave_early() -> None:
-        connection = Connection(make_app(service, "m"), {**CHAT, "stream": stream})
+        connection = Connection(make_app(service, Settings()), {**CHAT, "stream": stream})
         while not service.submitted:
             await asyncio.sleep(0.005)
         if stream:
@@ -194,7 +195,7 @@ def test_a_full_queue_refuses_and_is_free_again(service: ScriptedService) -> Non
     service.script = [Delta("Hi", (5,))]
 
     async def fill() -> None:
-        app = make_app(service, "m", max_queue=0)
+        app = make_app(service, Settings(max_queue=0))
         first = Connection(app, {**CHAT, "stream": True, "n": 2})
         await first.until(b"Hi")
         refused = Connection(app, CHAT)
@@ -216,7 +217,7 @@ def test_a_silent_stream_is_kept_alive(service: ScriptedService, monkeypatch: py
     service.script = []
 
     async def wait() -> None:
-        connection = Connection(make_app(service, "m"), {**CHAT, "stream": True})
+        connection = Connection(make_app(service, Settings()), {**CHAT, "stream": True})
         await connection.until(b": keep-alive\n\n")
         assert connection.sent[0]["status"] == 200
         await connection.leave()

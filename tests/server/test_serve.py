@@ -21,6 +21,7 @@ from codellama.errors import NumericalError
 from codellama.llama import Llama
 from codellama.server.app import make_app
 from codellama.server.service import EngineService
+from codellama.server.settings import Settings
 
 RUNTIME = RuntimeArgs(max_seq_len=512, max_batch_size=3, chunk_size=64)
 DIALOG = [{"role": "user", "content": "Write a function that adds two numbers."}]
@@ -32,7 +33,7 @@ class Serving:
     def __init__(self) -> None:
         self.parts: Parts | None = None
         self.service = EngineService(self._build, RUNTIME, on_end=lambda: None)
-        app = make_app(self.service, "codellama-demo")
+        app = make_app(self.service, Settings(model_id="codellama-demo"))
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
         self._thread = threading.Thread(target=self.server.run)
 
