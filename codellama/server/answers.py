@@ -79,13 +79,12 @@ class Choice:
 
     def _logprobs(self, tokens: Sequence[int], scores: Sequence[TokenScore]) -> Json:
         offsets = [self._places.place(token) for token in tokens]
-        first = self._echoed > 0 and self._places.n_tokens == len(tokens)  # nothing foretells a prompt's first token
-        values = [score.logprob for score in scores]
-        rivals = [{self._spell(token): value for token, value in score.top} for score in scores]
+        # Two tokens may be spelled alike: the more probable one, which comes first, is told.
+        rivals = [{self._spell(token): value for token, value in reversed(score.top)} for score in scores]
         return {
             "tokens": [self._spell(token) for token in tokens],
-            "token_logprobs": [None, *values[1:]] if first and values else values,
-            "top_logprobs": [None, *rivals[1:]] if first and rivals else rivals,
+            "token_logprobs": [score.logprob for score in scores],
+            "top_logprobs": rivals,
             "text_offset": offsets,
         }
 
@@ -113,11 +112,11 @@ class Places:
         self._before, self._n_echoed, self._drops_space = before, n_echoed, drops_space
         self._space = n_echoed > 0 or drops_space  # the next text may begin with a space that is not returned
         self._at = 0
-        self.n_tokens = 0
+        self._n_tokens = 0
 
     def place(self, token: int) -> int:
         """Return where the next token begins; all bytes of one character have one place."""
-        if self.n_tokens == self._n_echoed and self._n_echoed > 0:
+        if self._n_tokens == self._n_echoed and self._n_echoed > 0:
             self._decoder, self._at, self._space = TextDecoder(self._tokenizer), len(self._before), self._drops_space
         pending, text = self._decoder.pending, self._decoder.push([token])
         if self._space and text:
@@ -125,8 +124,8 @@ class Places:
         # A character that this token shows to be broken belongs to the tokens before it.
         start = self._at + (pending and text.startswith("\N{REPLACEMENT CHARACTER}"))
         self._at += len(text)
-        self.n_tokens += 1
-        return min(start, len(self._before)) if self.n_tokens <= self._n_echoed else start
+        self._n_tokens += 1
+        return min(start, len(self._before)) if self._n_tokens <= self._n_echoed else start
 
 
 class ChatChoice(Choice):

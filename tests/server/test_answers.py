@@ -64,8 +64,17 @@ def test_what_is_not_returned_has_its_place_at_the_gap(tokenizer: Tokenizer) -> 
     assert offsets[-n:] == [at + sum(lengths[:index]) for index in range(n)]
 
 
-def test_only_the_first_token_of_a_prompt_is_foretold_by_nothing(tokenizer: Tokenizer) -> None:
-    choice, chunks = answer(tokenizer, {"prompt": "", "echo": True}, tokenizer.encode("x = 1", bos=False, eos=False))
-    assert choice["logprobs"]["token_logprobs"][0] is None
-    assert None not in choice["logprobs"]["token_logprobs"][1:]
-    assert sum(chunk["logprobs"]["token_logprobs"].count(None) for chunk in chunks if chunk["logprobs"]) == 1
+def test_a_token_that_is_given_is_certain(tokenizer: Tokenizer) -> None:
+    choice, _ = answer(tokenizer, {"prompt": "x", "echo": True}, tokenizer.encode_infilling(" = 1"))
+    assert choice["logprobs"]["token_logprobs"][:2] == [0, -1]  # a number, where OpenAI's own clients want one
+    assert choice["logprobs"]["top_logprobs"][0] == {}
+
+
+def test_of_rivals_that_are_spelled_alike_the_more_probable_is_told(tokenizer: Tokenizer) -> None:
+    maker = PromptMaker(tokenizer, tokenizer.n_words, 512, seed=0)
+    (prompt,) = CompletionRequest(prompt="x", logprobs=2).prompts(maker, tokenizer)
+    made = Answer([prompt], tokenizer, "m", chat=False)
+    bytes_of_none = [id for id in range(tokenizer.n_words) if tokenizer.token_piece(id) in ("<0xE2>", "<0xF0>")]
+    score = TokenScore(-3.0, tuple(zip(bytes_of_none, (-0.5, -2.0), strict=True)))
+    (chunk,) = made.push(0, Delta("a", (5,), (score,)))
+    assert chunk["choices"][0]["logprobs"]["top_logprobs"] == [{"\ufffd": -0.5}]

@@ -10,7 +10,7 @@ import pytest
 
 from codellama.assembly import DEMO
 from codellama.llama import Llama
-from tests.support.serving import RUNTIME, Serving, wait_until
+from tests.support.serving import ENDLESS, RUNTIME, Serving, wait_until
 
 DIALOG: list[Any] = [{"role": "user", "content": "Write a function that adds two numbers."}]
 MODEL = "any-name"
@@ -41,7 +41,7 @@ def chat_text(chunks: Any) -> str:
 
 def test_models(sdk: openai.OpenAI) -> None:
     (model,) = sdk.models.list().data
-    assert (model.id, model.object, model.to_dict()["max_model_len"]) == ("codellama-demo", "model", 512)
+    assert (model.id, model.object, model.to_dict()["max_model_len"]) == ("codellama-demo", "model", 2048)
     assert sdk.models.retrieve("some/other-name") == model
 
 
@@ -98,7 +98,7 @@ def test_a_completion_with_stop_and_offsets(sdk: openai.OpenAI) -> None:
         (openai.BadRequestError, {"messages": []}, "messages is empty"),
         (openai.BadRequestError, {"messages": DIALOG, "n": 0}, "n: "),
         (openai.BadRequestError, {"messages": DIALOG, "n": 100}, "100 answers"),
-        (openai.BadRequestError, {"messages": [{"role": "user", "content": "x " * 900}]}, "max_seq_len is 512"),
+        (openai.BadRequestError, {"messages": [{"role": "user", "content": "x " * 2100}]}, "max_seq_len is 2048"),
     ],
 )
 def test_errors_are_the_sdks(sdk: openai.OpenAI, raised: Any, asked: dict[str, Any], said: str) -> None:
@@ -136,12 +136,10 @@ def test_a_key_and_a_server_that_is_not_ready() -> None:
 
 @pytest.mark.parametrize("read", [1, 3])
 def test_a_stream_that_is_closed_early_frees_its_rows(serving: Serving, sdk: openai.OpenAI, read: int) -> None:
-    endless: dict[str, Any] = {"model": MODEL, "prompt": "x = [", "max_tokens": 500, "n": 3, "temperature": 1.5}
-    with sdk.completions.create(**endless, top_p=1, stream=True) as chunks:
+    with sdk.completions.create(model=MODEL, **ENDLESS, n=3, stream=True) as chunks:
         for _ in range(read):
             next(chunks)
-        assert serving.busy
-    wait_until(lambda: not serving.busy, 5)
+    assert serving.ends(3) == ["cancelled"] * 3
 
 
 def test_async(serving: Serving) -> None:
@@ -158,16 +156,13 @@ def test_async(serving: Serving) -> None:
             assert [model.id async for model in sdk.models.list()] == ["codellama-demo"]
             with pytest.raises(openai.BadRequestError, match="vocabulary"):
                 await sdk.completions.create(model=MODEL, prompt=[10**7])
-            endless = await sdk.completions.create(
-                model=MODEL, prompt="x = [", max_tokens=500, temperature=1.5, top_p=1, stream=True
-            )
+            endless = await sdk.completions.create(model=MODEL, **ENDLESS, stream=True)
             async for _ in endless:
                 break
-            assert serving.busy
             await endless.close()
 
     asyncio.run(ask())
-    wait_until(lambda: not serving.busy, 5)
+    assert serving.ends(1) == ["cancelled"]
 
 
 def test_stream_and_whole_are_the_librarys_50_of_50(sdk: openai.OpenAI) -> None:

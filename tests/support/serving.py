@@ -11,10 +11,25 @@ import uvicorn
 
 from codellama.assembly import Parts, assemble
 from codellama.config import RuntimeArgs
+from codellama.generation.prompt import Prompt
+from codellama.generation.request import Request
 from codellama.server.app import make_app
-from codellama.server.service import EngineService
+from codellama.server.service import EngineService, OnDelta
 
-RUNTIME = RuntimeArgs(max_seq_len=512, max_batch_size=3, chunk_size=64)
+RUNTIME = RuntimeArgs(max_seq_len=2048, max_batch_size=3, chunk_size=64)
+ENDLESS: dict[str, Any] = {"prompt": "1, 2, 3, 4, ", "max_tokens": 2000, "temperature": 0}
+"""The demo model repeats itself here, until the context is full: seconds, however busy the machine is."""
+
+
+class RecordingService(EngineService):
+    """The real one, which remembers its requests."""
+
+    requests: list[Request]
+
+    def submit(self, prompt: Prompt, on_delta: OnDelta) -> Request:
+        request = super().submit(prompt, on_delta)
+        self.requests.append(request)
+        return request
 
 
 class Serving:
@@ -24,7 +39,8 @@ class Serving:
         """Prepare; options are those of make_app."""
         self.runtime = runtime
         self.parts: Parts | None = None
-        self.service = EngineService(self._build, runtime, on_end=lambda: None)
+        self.service = RecordingService(self._build, runtime, on_end=lambda: None)
+        self.service.requests = []
         app = make_app(self.service, "codellama-demo", **options)
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
         self._thread = threading.Thread(target=self.server.run)
@@ -44,6 +60,11 @@ class Serving:
         """True while a request waits or runs."""
         assert self.parts is not None
         return self.parts.engine._scheduler.busy
+
+    def ends(self, n: int, seconds: float = 10) -> list[str | None]:
+        """Wait until all rows are free and return how the last n requests ended."""
+        wait_until(lambda: not self.busy, seconds)
+        return [request.finish_reason for request in self.service.requests[-n:]]
 
     def __enter__(self) -> httpx2.Client:
         self._thread.start()
