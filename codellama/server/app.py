@@ -103,11 +103,11 @@ def _routes(service: Service, model_id: str, max_queue: int) -> APIRouter:
 
     async def respond(body: ChatRequest | CompletionRequest, *, chat: bool, echo: bool = False) -> Response:
         tokenizer = service.tokenizer
+        if body.n_answers > admission.limit:
+            raise PromptError(f"the request asks for {body.n_answers} answers; at most {admission.limit} are possible")
         # Texts may be long: the event loop has other clients meanwhile.
         make: Callable[..., Any] = body.prompts
         prompts = await run_in_threadpool(make, service.prompts, tokenizer)
-        if len(prompts) > admission.limit:
-            raise PromptError(f"the request asks for {len(prompts)} answers; at most {admission.limit} are possible")
         answer = Answer(
             prompts, tokenizer, model_id, chat=chat, n=body.n, echo=echo, include_usage=body.include_usage
         )  # fmt: skip

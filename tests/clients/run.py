@@ -107,7 +107,9 @@ class ShellGpt:
         ok &= report("sgpt: the chat is kept", shown, shown.stdout.count("user: Write a function") == 2)
         self._variables["CHAT_CACHE_LENGTH"] = "4"
         for turn in range(5):
-            ok &= self._asked(f"a long chat, turn {turn + 1}", "--chat", "long", f"Write a function that adds {turn + 3}.")
+            ok &= self._asked(
+                f"a long chat, turn {turn + 1}", "--chat", "long", f"Write a function that adds {turn + 3}."
+            )
         return ok
 
     def _asked(self, what: str, *arguments: str) -> bool:
