@@ -1,4 +1,4 @@
-.PHONY: demo test check fix bench
+.PHONY: demo test check fix bench clients soak
 PYTHON ?= python3
 TORCHRUN = .venv/bin/torchrun --nproc_per_node
 
@@ -26,6 +26,12 @@ bench: .venv/dev  ## small benchmarks; each prints a table and one line of JSON
 	.venv/bin/python -m benchmarks.decode
 	.venv/bin/python -m benchmarks.memory
 	.venv/bin/python -m benchmarks.load
+
+clients: .venv/dev  ## real clients against the server; needs a package index
+	.venv/bin/python -m tests.clients.run
+
+soak: .venv/dev  ## thousands of requests, abandoned, hostile and generated ones: minutes
+	.venv/bin/python -m tests.soak
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

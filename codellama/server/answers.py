@@ -11,7 +11,7 @@ from typing import Any
 
 from codellama.generation.prompt import Prompt
 from codellama.generation.request import Delta, TokenScore
-from codellama.tokenizer import Tokenizer
+from codellama.tokenizer import TextDecoder, Tokenizer
 
 Json = dict[str, Any]
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
@@ -32,12 +32,13 @@ class Choice:
         self.finish_reason: str | None = None
         self._tokenizer = tokenizer
         self._wants_scores = prompt.params.logprobs
-        self._first = prompt.before if echo else ""
+        self._before = self._first = prompt.before if echo else ""
         self._echoed = len(prompt.tokens) if prompt.params.echo else 0
+        self._drops_space = prompt.tokens == [tokenizer.bos_id]  # as the generated text does
         self._texts: list[str] = []
         self._tokens: list[int] = []
         self._scores: list[TokenScore] = []
-        self._offset = 0
+        self._places = self._measure()
 
     def opening(self) -> Json | None:
         """What a stream says before anything is generated."""
@@ -63,7 +64,7 @@ class Choice:
 
     def whole(self) -> Json:
         """All of it."""
-        self._offset = 0
+        self._places = self._measure()
         logprobs = self._logprobs(self._tokens, self._scores) if self._wants_scores else None
         return {
             "index": self.index,
@@ -82,22 +83,54 @@ class Choice:
         return {"index": self.index, "text": "", "logprobs": None, "finish_reason": self.finish_reason}
 
     def _logprobs(self, tokens: Sequence[int], scores: Sequence[TokenScore]) -> Json:
-        texts, offsets = [self._spell(token) for token in tokens], []
-        first = self._offset == 0 and self._echoed > 0  # nothing foretells the first token of a prompt
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
-        values = [score.logprob for score in scores]
-        rivals = [{self._spell(token): value for token, value in score.top} for score in scores]
+        offsets = [self._places.place(token) for token in tokens]
+        # Two tokens may be spelled alike: the more probable one, which comes first, is told.
+        rivals = [{self._spell(token): value for token, value in reversed(score.top)} for score in scores]
         return {
-            "tokens": texts,
-            "token_logprobs": [None, *values[1:]] if first and values else values,
-            "top_logprobs": [None, *rivals[1:]] if first and rivals else rivals,
+            "tokens": [self._spell(token) for token in tokens],
+            "token_logprobs": [score.logprob for score in scores],
+            "top_logprobs": rivals,
             "text_offset": offsets,
         }
 
+    def _measure(self) -> "Places":
+        return Places(self._tokenizer, self._before, self._echoed, self._drops_space)
+
     def _spell(self, token: int) -> str:
         return self._tokenizer.token_bytes(token).decode(errors="replace")
+
+
+class Places:
+    """Where in a returned text each of its tokens begins, in characters."""
+
+    def __init__(self, tokenizer: Tokenizer, before: str, n_echoed: int, drops_space: bool) -> None:
+        """Start at the text's beginning.
+
+        Args:
+            before: the text that is returned before the generated one.
+            n_echoed: tokens that come before the generated ones; what they add to `before`, such as the text after a
+                gap, has its place at its end.
+            drops_space: the generated text is returned without SentencePiece's implicit space; a prompt's always is.
+        """
+        self._decoder = TextDecoder(tokenizer)
+        self._tokenizer = tokenizer
+        self._before, self._n_echoed, self._drops_space = before, n_echoed, drops_space
+        self._space = n_echoed > 0 or drops_space  # the next text may begin with a space that is not returned
+        self._at = 0
+        self._n_tokens = 0
+
+    def place(self, token: int) -> int:
+        """Return where the next token begins; all bytes of one character have one place."""
+        if self._n_tokens == self._n_echoed and self._n_echoed > 0:
+            self._decoder, self._at, self._space = TextDecoder(self._tokenizer), len(self._before), self._drops_space
+        pending, text = self._decoder.pending, self._decoder.push([token])
+        if self._space and text:
+            text, self._space = text.removeprefix(" "), False
+        # A character that this token shows to be broken belongs to the tokens before it.
+        start = self._at + (pending and text.startswith("\N{REPLACEMENT CHARACTER}"))
+        self._at += len(text)
+        self._n_tokens += 1
+        return min(start, len(self._before)) if self._n_tokens <= self._n_echoed else start
 
 
 class ChatChoice(Choice):

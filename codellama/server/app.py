@@ -131,12 +131,11 @@ def _routes(service: Service, settings: Settings) -> APIRouter:
         return model
 
     async def make(body: ChatRequest | CompletionRequest | LlamaCppRequest) -> list[Prompt]:
+        if body.n_answers > admission.limit:
+            raise PromptError(f"the request asks for {body.n_answers} answers; at most {admission.limit} are possible")
         # Texts may be long: the event loop has other clients meanwhile.
         make_prompts: Callable[..., list[Prompt]] = body.prompts
-        prompts = await run_in_threadpool(make_prompts, service.prompts, service.tokenizer)
-        if len(prompts) > admission.limit:
-            raise PromptError(f"the request asks for {len(prompts)} answers; at most {admission.limit} are possible")
-        return prompts
+        return await run_in_threadpool(make_prompts, service.prompts, service.tokenizer)
 
     def openai(body: GenerationRequest, prompts: list[Prompt], *, chat: bool, echo: bool = False) -> Answer:
         return Answer(

@@ -4,13 +4,14 @@ It knows nothing of token ids. `prompts/dialog.py` says what a chat must look li
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from codellama.errors import PromptError, shown
 from codellama.prompts import Message
 
+_Dicts = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 _CONTINUE = "Continue."
 
 
@@ -23,9 +24,9 @@ class ChatMessage(BaseModel):
     """
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | _Dicts | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: _Dicts | None = None
 
 
 def normalize_dialog(messages: Sequence[ChatMessage]) -> list[Message]:

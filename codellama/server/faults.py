@@ -3,6 +3,8 @@
 It knows nothing of models.
 """
 
+import re
+from itertools import takewhile
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -13,6 +15,7 @@ from codellama.errors import CodeLlamaError, ContextLengthError, PromptError
 from codellama.server.service import NotReadyError
 
 _HEADERS = {503: {"Retry-After": "1"}, 504: {"x-should-retry": "false"}}  # OpenAI's clients repeat other 5xx
+_KIND = re.compile(r"str|int|float|bool|(list|dict)\[.*\]|function-.*")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -55,11 +58,27 @@ def tell(error: Exception) -> JSONResponse:
         case BrokenAnswerError():
             return fault_response(error.status, str(error))
         case RequestValidationError():
-            first = error.errors()[0]
-            is_json = first["type"] != "json_invalid"  # else the place is a number of characters
-            param = ".".join(str(part) for part in first["loc"][1:]) or None if is_json else None
-            return fault_response(400, f"{param or 'the body'}: {first['msg']}", param=param)
+            return _refuse_fields(error)
         case HTTPException():
-            return fault_response(error.status_code, str(error.detail))
+            response = fault_response(error.status_code, str(error.detail))
+            response.headers.update(error.headers or {})  # such as Allow
+            return response
         case _:
             return fault_response(500, "the server failed; its log says why")
+
+
+def _refuse_fields(error: RequestValidationError) -> JSONResponse:
+    """Say what is wrong with the first field that is; one that may be of several types has an error of each."""
+    if isinstance(error.body, bytes) and error.body:
+        return fault_response(400, "the body was not sent as application/json: say so in Content-Type")
+    errors = error.errors()
+    param = _field(errors[0])
+    reasons = dict.fromkeys(str(one["msg"]) for one in errors if _field(one) == param)
+    return fault_response(400, f"{param or 'the body'}: {', or: '.join(reasons)}", param=param)
+
+
+def _field(error: dict[str, Any]) -> str | None:
+    """Name the field that an error is about, without the type that was tried."""
+    if error["type"] == "json_invalid":  # then the place is a number of characters
+        return None
+    return ".".join(takewhile(lambda part: not _KIND.fullmatch(part), map(str, error["loc"][1:]))) or None

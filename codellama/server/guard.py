@@ -10,6 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from codellama.server.faults import fault_response
 from codellama.server.settings import MAX_BODY
 
+_MAX_READ = 16  # times as much is read and dropped: a client that still sends when it is refused sees no answer
+
 
 class Guard:
     """An ASGI app around another one."""
@@ -31,20 +33,24 @@ class Guard:
                 refusal = fault_response(401, "the API key is missing or wrong: send `Authorization: Bearer KEY`")
                 await refusal(scope, receive, send)
                 return
-        read: list[Message] = []
-        size = 0
+        body, size = bytearray(), 0
         while True:
-            read.append(await receive())
-            size += len(read[-1].get("body", b""))
-            if size > self._max_body:
-                refusal = fault_response(413, f"the body has more than {self._max_body} bytes")
-                await refusal(scope, receive, send)
+            message = await receive()
+            if message["type"] == "http.disconnect":
                 return
-            if not read[-1].get("more_body", False):  # a client that has gone says no more, either
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= self._max_body:
+                body += part  # not a list of what came: a byte at a time, it would weigh hundreds of times as much
+            if not message.get("more_body", False) or size > _MAX_READ * self._max_body:
                 break
-        read.reverse()
+        if size > self._max_body:
+            refusal = fault_response(413, f"the body has more than {self._max_body} bytes")
+            await refusal(scope, receive, send)
+            return
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def again() -> Message:
-            return read.pop() if read else await receive()
+            return whole.pop() if whole else await receive()
 
         await self._app(scope, again, send)

@@ -50,6 +50,11 @@ class LlamaCppRequest(GenerationRequest):
         """True where prompt is a list of prompts, and so the answer a list of answers."""
         return isinstance(self.prompt, list) and bool(self.prompt) and not any(isinstance(x, int) for x in self.prompt)
 
+    @property
+    def n_answers(self) -> int:
+        """How many prompts `prompts` makes; llama.cpp knows no n."""
+        return len(self.prompt) if self.is_batch else 1
+
     def prompts(self, maker: PromptMaker, tokenizer: Tokenizer) -> list[Prompt]:
         """Make the prompts.
 

@@ -22,6 +22,11 @@ MAX_STOPS = 64
 _PRE, _SUF, _MID = "<PRE>", "<SUF>", "<MID>"
 
 
+# A list is refused at its first wrong item: to describe a million wrong ones takes the event loop 20 seconds.
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
 def _no_null(default: Any) -> BeforeValidator:
     """Let null mean that the field is not there: many clients send all that they know."""
     return BeforeValidator(lambda value: default if value is None else value)
@@ -50,7 +55,7 @@ class GenerationRequest(BaseModel):
     top_k: Annotated[int, _no_null(0), Field(ge=-1)] = 0
     min_p: Annotated[float, _no_null(0.0), Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     repetition_penalty: Annotated[float, _no_null(1.0), Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     max_tokens: int | None = None
 
@@ -58,6 +63,11 @@ class GenerationRequest(BaseModel):
     def include_usage(self) -> bool:
         """True where a stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def n_answers(self) -> int:
+        """How many prompts `prompts` makes, known before it makes them."""
+        return self.n
 
     def params(self, max_gen_len: int | None, top_logprobs: int | None, echo: bool = False) -> SamplingParams:
         """Say it in our words.
@@ -95,7 +105,7 @@ class GenerationRequest(BaseModel):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)]
     max_completion_tokens: int | None = None
     logprobs: Annotated[bool, _no_null(False)] = False
     top_logprobs: Annotated[int, _no_null(0), Field(ge=0, le=20)] = 0
@@ -120,10 +130,15 @@ class CompletionRequest(GenerationRequest):
         logprobs: number of rivals to report at each place; 0 reports the tokens alone, None nothing.
     """
 
-    prompt: str | list[int] | list[str] | list[list[int]] | None = ""
+    prompt: str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)] | None = ""
     suffix: str | None = None
     echo: Annotated[bool, _no_null(False)] = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def n_answers(self) -> int:
+        """How many prompts `prompts` makes, known before it makes them."""
+        return self.n * len(self._items())
 
     def prompts(self, maker: PromptMaker, tokenizer: Tokenizer) -> list[Prompt]:
         """Make n prompts of each prompt.
@@ -180,7 +195,7 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: Ids
 
 
 def split_markers(text: str) -> tuple[str, str | None]:

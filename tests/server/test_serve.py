@@ -1,67 +1,22 @@
 """End to end: a real socket, a real client, the demo checkpoint; what comes over HTTP is what the library returns."""
 
-import json
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
 import pytest
-import uvicorn
 
 from codellama import cli
-from codellama.assembly import DEMO, Parts, assemble
-from codellama.config import RuntimeArgs
+from codellama.assembly import DEMO
 from codellama.errors import NumericalError
 from codellama.llama import Llama
-from codellama.server.app import make_app
-from codellama.server.service import EngineService
-from codellama.server.settings import Settings
+from tests.support.serving import ENDLESS, Serving, stream, streamed_text, wait_until
 
-RUNTIME = RuntimeArgs(max_seq_len=512, max_batch_size=3, chunk_size=64)
 DIALOG = [{"role": "user", "content": "Write a function that adds two numbers."}]
-
-
-class Serving:
-    """A server in this process."""
-
-    def __init__(self) -> None:
-        self.parts: Parts | None = None
-        self.service = EngineService(self._build, RUNTIME, on_end=lambda: None)
-        app = make_app(self.service, Settings(model_id="codellama-demo"))
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
-        self._thread = threading.Thread(target=self.server.run)
-
-    def _build(self) -> Parts:
-        self.parts = assemble(None, None, RUNTIME, None, "cpu", "float32", None, None, None, False)
-        return self.parts
-
-    def __enter__(self) -> httpx2.Client:
-        self._thread.start()
-        wait_until(lambda: self.server.started)
-        (listener,) = self.server.servers[0].sockets
-        client = httpx2.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60, trust_env=False)
-        assert client.get("/health").status_code == 503
-        self.service.start()
-        wait_until(lambda: client.get("/health").status_code == 200)
-        return client
-
-    def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        self._thread.join(20)
-        self.service.stop()
-
-
-def wait_until(condition: Any, seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -82,24 +37,13 @@ def demo() -> Llama:
     return Llama.build(DEMO, max_seq_len=512, max_batch_size=3, dtype="float32", device="cpu", chunk_size=64)
 
 
-def stream(client: httpx2.Client, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    with client.stream("POST", path, json={**body, "stream": True}) as response:
-        lines = [line for line in response.iter_lines() if line.startswith("data: ")]
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-
-
-def streamed_text(chunks: list[dict[str, Any]]) -> str:
-    return "".join(chunk["choices"][0].get("text", "") for chunk in chunks)
-
-
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1, "top_p": 0.9, "seed": 5}])
 def test_a_chat_is_the_librarys(client: httpx2.Client, demo: Llama, options: dict[str, Any]) -> None:
     body = {"messages": DIALOG, "max_tokens": 60, **options}
     expected = "".join(demo.stream_chat(DIALOG, max_gen_len=60, **{"top_p": 0.95, **options}))
     chunks = stream(client, "/v1/chat/completions", body)
     assert len(chunks) > 10
-    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == expected
+    assert streamed_text(chunks) == expected
     whole = client.post("/v1/chat/completions", json=body).json()
     assert whole["choices"][0]["message"]["content"] == expected
 
@@ -119,8 +63,8 @@ def test_log_probabilities_are_the_librarys(client: httpx2.Client, demo: Llama) 
     (choice,) = client.post("/v1/completions", json=body).json()["choices"]
     assert choice["text"] == expected["generation"]
     found = choice["logprobs"]
-    assert found["token_logprobs"][0] is None
-    assert found["token_logprobs"][1:] == pytest.approx(expected["logprobs"][1:], abs=1e-4)
+    assert found["token_logprobs"][0] == 0
+    assert found["token_logprobs"] == pytest.approx(expected["logprobs"], abs=1e-4)
     assert [len(found[key]) for key in ("tokens", "top_logprobs", "text_offset")] == [len(expected["tokens"])] * 3
 
 
@@ -138,15 +82,9 @@ def test_streams_at_once_are_what_each_is_alone(client: httpx2.Client) -> None:
 
 def test_a_client_that_leaves_frees_its_row(serving: tuple[Serving, httpx2.Client]) -> None:
     running, client = serving
-    assert running.parts is not None
-    scheduler = running.parts.engine._scheduler
-    endless = {"prompt": "x = [", "max_tokens": 500, "stream": True, "n": 3, "temperature": 1.5, "top_p": 1}
-    with client.stream("POST", "/v1/completions", json=endless) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: "):
-                break
-        assert scheduler.busy
-    wait_until(lambda: not scheduler.busy, 2)
+    with client.stream("POST", "/v1/completions", json={**ENDLESS, "stream": True, "n": 3}) as response:
+        next(line for line in response.iter_lines() if line.startswith("data: "))
+    assert running.ends(3) == ["cancelled"] * 3
 
 
 def test_a_model_that_fails_tells_every_client_and_health() -> None:
