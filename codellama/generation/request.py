@@ -33,6 +33,9 @@ class Delta:
 
     All deltas of a request, one after the other, are its Completion: what may still be cut off by a stop string is held
     back, and with echo the first one begins with the prompt's ids and scores.
+
+    Attributes:
+        n_reused: tokens of the prompt so far that were in the cache already, and were not computed for this request.
     """
 
     text: str
@@ -40,6 +43,7 @@ class Delta:
     scores: tuple[TokenScore, ...] = ()
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
+    n_reused: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ class Request:
     Attributes:
         row: of the cache, once it has been given one.
         n_cached: tokens whose keys and values are there.
-        n_reused: how many of them the row held already when it was given.
+        n_reused: how many of them other requests had computed, in this row or in one that they were copied from.
 
     Raises:
         PromptError: the prompt holds no ids, or ids outside the vocabulary.
@@ -269,7 +273,7 @@ class Request:
         if self.on_delta is None:
             return
         try:
-            self.on_delta(Delta(text, tuple(tokens), tuple(scores), self.finish_reason, self.error))
+            self.on_delta(Delta(text, tuple(tokens), tuple(scores), self.finish_reason, self.error, self.n_reused))
         except Exception as error:  # concerns this request alone, and there is nobody left to tell
             logger.error("the receiver of %s raised %s: %s", self.where, type(error).__name__, error)
             self.on_delta = None
