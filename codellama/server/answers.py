@@ -24,6 +24,7 @@ class Choice:
         """Begin; with echo, the text begins with the prompt's."""
         self.index = index
         self.n_tokens = 0  # generated ones
+        self.n_reused = 0  # of the prompt, that were in the cache
         self.finish_reason: str | None = None
         self._tokenizer = tokenizer
         self._wants_scores = prompt.params.logprobs
@@ -53,7 +54,7 @@ class Choice:
             yield self._piece(piece, logprobs)
             logprobs = None  # with the first piece of its delta
         if delta.finish_reason is not None:
-            self.finish_reason = delta.finish_reason
+            self.finish_reason, self.n_reused = delta.finish_reason, delta.n_reused
             yield self._last()
 
     def whole(self) -> Json:
@@ -150,6 +151,7 @@ class Answer:
         """
         kind = ChatChoice if chat else Choice
         self.choices = [kind(index, prompt, tokenizer, echo) for index, prompt in enumerate(prompts)]
+        self._n = n
         self._prompt_tokens = sum(len(prompt.tokens) for prompt in prompts[::n])
         self._include_usage = include_usage
         self._names = ("chat.completion", "chat.completion.chunk") if chat else ("text_completion", "text_completion")
@@ -186,8 +188,12 @@ class Answer:
 
     def _usage(self) -> Json:
         generated = sum(choice.n_tokens for choice in self.choices)
+        # The other choices of a prompt find it in the cache because the first has put it there.
+        groups = [self.choices[at : at + self._n] for at in range(0, len(self.choices), self._n)]
+        cached = sum(min(choice.n_reused for choice in group) for group in groups)
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": generated,
             "total_tokens": self._prompt_tokens + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
