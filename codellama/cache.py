@@ -18,14 +18,19 @@ class KVCache:
     one contiguous block: at 4,096 positions a little faster on a CPU than positions first (`python -m
     benchmarks.layout`).
 
-    A free row keeps its last content until it is given away. An inactive row inside a slice writes only at its own next
-    position, which nothing reads before it is written again.
+    A free row keeps its last content until it is given away. An inactive row inside a slice writes nothing.
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
-        """Wrap existing tensors; use `allocate` for new ones."""
+    def __init__(self, keys: list[Tensor], values: list[Tensor], writing: Tensor | None = None) -> None:
+        """Wrap existing tensors; use `allocate` for new ones.
+
+        Args:
+            keys: one for each layer, and values alike.
+            writing: the rows that `update_` writes to; None is all of them.
+        """
         self.keys = keys
         self.values = values
+        self._writing = writing
 
     @classmethod
     def allocate(
@@ -49,12 +54,16 @@ class KVCache:
         """Rows start to stop as a view: a slice, since an index tensor would copy the cache in every layer."""
         return KVCache([k[start:stop] for k in self.keys], [v[start:stop] for v in self.values])
 
+    def writing(self, rows: Tensor) -> "KVCache":
+        """The same view, in which only these rows, int64 `[W]`, are written to; all are read."""
+        return KVCache(self.keys, self.values, rows)
+
     def first(self, length: int) -> "KVCache":
         """The first `length` positions of every row as a view, so that a step reads only the part in use."""
         return KVCache([k[:, :, :length] for k in self.keys], [v[:, :, :length] for v in self.values])
 
     def update_(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values at their positions and return the layer's whole content.
+        """Write new keys and values at their positions, in the rows that write, and return the layer's whole content.
 
         Args:
             layer: index of the layer.
@@ -65,11 +74,21 @@ class KVCache:
         Returns:
             Keys and values, each `[B, K, S, D]`.
         """
-        row = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        rows = self._writing
+        if rows is None:
+            rows = torch.arange(positions.shape[0], device=positions.device)
+        else:
+            positions, key, value = positions[rows], key[rows], value[rows]
         # Two index tensors around a slice: their axes [B, T] come first, then K and D, as in `key`.
-        self.keys[layer][row, :, positions] = key
-        self.values[layer][row, :, positions] = value
+        self.keys[layer][rows[:, None], :, positions] = key
+        self.values[layer][rows[:, None], :, positions] = value
         return self.keys[layer], self.values[layer]
+
+    def copy_row_(self, source: int, target: int, length: int, start: int = 0) -> None:
+        """Copy the positions from start up to length of one row to another one."""
+        assert source != target, "a row is not copied to itself"
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, start:length] = tensor[source, :, start:length]
 
     def zero_(self) -> None:
         """Forget everything: masked NaN would still spread, since 0 · NaN is NaN."""

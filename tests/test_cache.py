@@ -89,3 +89,32 @@ def test_views_share_memory_and_writes_stay_in_their_place() -> None:
     assert written == 2 * key.numel()
     cache.zero_()
     assert not any(tensor.any() for tensor in (*cache.keys, *cache.values))
+
+
+@torch.inference_mode()
+def test_a_copied_row_goes_on_as_its_source(model: Transformer) -> None:
+    cache, ids = new_cache(), ids_of(7)
+    run(model, cache, 1, ids, [LENGTH])
+    run(model, cache, 3, ids[:9], [9])
+    before = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
+    cache.copy_row_(1, 3, 25, start=9)
+    for tensor, old in zip((*cache.keys, *cache.values), before, strict=True):
+        assert torch.equal(tensor[3, :, 9:25], tensor[1, :, 9:25])
+        tensor[3, :, 9:25] = old[3, :, 9:25]
+        assert torch.equal(tensor, old), "nothing else has changed"
+    cache.copy_row_(1, 4, 25)
+    tokens, positions = torch.tensor([ids[25:]]), torch.arange(25, LENGTH)[None]
+    view = cache.first(LENGTH)
+    assert torch.equal(model(tokens, positions, view.rows(4, 5)), model(tokens, positions, view.rows(1, 2)))
+
+
+def test_a_row_that_does_not_write_keeps_what_it_holds() -> None:
+    cache = new_cache(rows=4, max_seq_len=16)
+    key = torch.randn(3, 1, tiny.ARGS.kv_heads, tiny.ARGS.head_dim)
+    view = cache.rows(1, 4).first(12).writing(torch.tensor([0, 2]))
+    keys, values = view.update_(1, torch.tensor([[2], [0], [11]]), key, -key)
+    assert keys.shape == values.shape == (3, tiny.ARGS.kv_heads, 12, tiny.ARGS.head_dim)
+    assert torch.equal(cache.keys[1][1, :, 2], key[0, 0])
+    assert torch.equal(cache.values[1][3, :, 11], -key[2, 0])
+    written = sum(int(tensor.count_nonzero()) for tensor in (*cache.keys, *cache.values))
+    assert written == 2 * 2 * key[0].numel()

@@ -16,6 +16,7 @@ from tests.support import tiny
 from tests.support.distributed import free_port, rank_env, run_ranks, run_scripts
 
 IDS = [[1, 5, 9, 30], [1, 7], [1, *range(3, 303)]]  # the last one's scores come in two pieces
+COMMON = [1, *range(200, 300)]
 TEXTS = ["def f(x):", "import os", "a", "", "for i in"]
 DIALOG: Any = [{"role": "user", "content": "print(i)"}]
 SEEN = [9, 13, 4, 100, 7]
@@ -77,6 +78,7 @@ def answers(folders: list[Path], size: int | None) -> dict[str, Any]:
             ),
             llama.text_infilling(["a", "b"] if first else [], ["c", "d"] if first else [], 0, max_gen_len=3),
         ],
+        "copied rows": llama.generate([COMMON, COMMON, [*COMMON[:60], 4, 5]], 8, temperature=0),
         "none": [llama.generate([]), llama.text_completion([]), llama.chat_completion([])],
         "stream": list(llama.stream_completion("def f", temperature=0, max_gen_len=12)),
         "stream of chat": list(llama.stream_chat(DIALOG, temperature=0.7, seed=1, max_gen_len=12)),

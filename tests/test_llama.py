@@ -333,8 +333,8 @@ def test_a_reused_beginning_changes_no_token(tiny_folder: Path) -> None:
     options = {"temperature": 0.8, "seed": 5, "logprobs": True, "stop_token": -1}
     with Llama.build(tiny_folder, max_seq_len=256, max_batch_size=3, dtype="float32", device="cpu") as remembering:
         turns = [remembering.generate([prompt], 9, **options) for prompt in prompts]
-        reused = [row for row in remembering.engine._scheduler._table._held if row]
-    assert len(reused) == 3
+        held = [ids for ids in remembering.engine._scheduler._table._held.values() if ids]
+    assert len(held) == 3
     for prompt, (tokens, scores) in zip(prompts, turns, strict=True):
         with Llama.build(tiny_folder, max_seq_len=256, max_batch_size=1, dtype="float32", device="cpu") as fresh:
             expected, their_scores = fresh.generate([prompt], 9, **options)

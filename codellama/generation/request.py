@@ -31,10 +31,12 @@ class TokenScore:
 class Delta:
     """What is certain since the last one: text, ids and their scores. The last of a request has a finish_reason.
 
-    Where a stop string ended it, the last one says which; and each says how many tokens of the prompt the cache held.
-
     All deltas of a request, one after the other, are its Completion: what may still be cut off by a stop string is held
     back, and with echo the first one begins with the prompt's ids and scores.
+
+    Attributes:
+        stopped_by: the stop string that ended the text, in the last one.
+        n_reused: tokens of the prompt so far that were in the cache already, and were not computed for this request.
     """
 
     text: str
@@ -167,7 +169,7 @@ class Request:
     Attributes:
         row: of the cache, once it has been given one.
         n_cached: tokens whose keys and values are there.
-        n_reused: how many of them the row held already when it was given.
+        n_reused: how many of them other requests had computed, in this row or in one that they were copied from.
 
     Raises:
         PromptError: the prompt holds no ids, or ids outside the vocabulary.

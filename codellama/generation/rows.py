@@ -1,4 +1,4 @@
-"""What each row of the cache holds, and which free row a request is given: the one that begins as its prompt does.
+"""What the free rows of the cache hold, and which of them a request is given.
 
 It knows nothing of the cache itself or of torch: token ids and numbers of rows.
 """
@@ -6,36 +6,36 @@ It knows nothing of the cache itself or of torch: token ids and numbers of rows.
 from collections.abc import Sequence
 
 LEAST_REUSE = 8
-"""A shorter common beginning is not worth the rest of what a row holds; prompts share their first ids anyway."""
+"""A shorter common beginning is not worth a copy; prompts share their first ids anyway."""
 
 
 class RowTable:
-    """The ids that rows hold, and when each was last given back."""
+    """The ids that free rows hold, and when each row was last given back."""
 
     def __init__(self, rows: int) -> None:
-        """Start with empty rows."""
-        self._held: list[Sequence[int]] = [()] * rows
+        """Start with empty rows, all free."""
+        self._held: dict[int, Sequence[int]] = {row: () for row in range(rows)}
         self._order = list(range(rows))  # the row that was given back longest ago comes first
 
-    def choose(self, free: Sequence[int], prompt: Sequence[int]) -> tuple[int, int]:
-        """Choose a free row for a prompt, and say how many of its ids are in the cache there already.
+    def take(self, prompt: Sequence[int]) -> tuple[int, int] | None:
+        """Give a row away, and say how many of the prompt's ids are in the cache there already; None if none is free.
 
-        The last id of a prompt always counts as new, since its logits are wanted. Where no row begins alike, one that
-        holds nothing is taken, else the one that was given back longest ago.
+        The last id of a prompt always counts as new, since its logits are wanted. A row that begins as the prompt does
+        is taken if that is at least half of what it holds. Else one that holds nothing is taken, or the one that was
+        given back longest ago: a long chat is not given up for the system message that it begins with, which can be
+        copied.
 
         Args:
-            free: rows, at least one.
             prompt: ids, at least one.
         """
-        lengths = {row: common_length(self._held[row], prompt[:-1]) for row in free}
-        best = max(free, key=lambda row: lengths[row])
-        if lengths[best] >= LEAST_REUSE:
-            return best, lengths[best]
-        return min(free, key=lambda row: (len(self._held[row]) > 0, self._order.index(row))), 0
-
-    def take(self, row: int, ids: Sequence[int]) -> None:
-        """Note that a row was given away, and holds no more than these ids."""
-        self._held[row] = ids
+        if not self._held:
+            return None
+        lengths = {row: common_length(held, prompt[:-1]) for row, held in self._held.items()}
+        row = max(self._held, key=lambda row: (lengths[row], -len(self._held[row])))
+        if lengths[row] < LEAST_REUSE or 2 * lengths[row] < len(self._held[row]):
+            row = min(self._held, key=lambda row: (len(self._held[row]) > 0, self._order.index(row)))
+        del self._held[row]
+        return row, lengths[row] if lengths[row] >= LEAST_REUSE else 0
 
     def give_back(self, row: int, ids: Sequence[int]) -> None:
         """Note what a row holds when its request has ended."""
@@ -43,9 +43,14 @@ class RowTable:
         self._order.remove(row)
         self._order.append(row)
 
+    def longest(self, prompt: Sequence[int]) -> tuple[int, int]:
+        """Find the longest beginning of a prompt that a free row holds: how many ids, and the row; 0 of any if none."""
+        found = [(common_length(held, prompt), row) for row, held in self._held.items()]
+        return max(found, default=(0, 0))
+
     def forget(self) -> None:
-        """Note that nothing can be relied on."""
-        self._held = [()] * len(self._held)
+        """Note that all rows are free, and that nothing in them can be relied on."""
+        self._held = dict.fromkeys(range(len(self._order)), ())
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:

@@ -29,11 +29,17 @@ class Runner:
 
         Every rank must take all pieces, since each is computed by all of them together.
         """
+        for source, target, start, stop in batch.copies:
+            self.cache.copy_row_(source, target, stop, start)
         rows, width = len(batch.tokens), batch.width
         tokens = torch.tensor(batch.tokens, device=self._device)
         first = torch.tensor(batch.positions, device=self._device)
-        positions = first[:, None] + torch.arange(width, device=self._device)  # [B, T]
         view = self.cache.rows(batch.start, batch.start + rows).first(batch.length)
+        if min(batch.positions) < 0:  # rows that run along: they read position 0 and write nothing
+            writing = [row for row, position in enumerate(batch.positions) if position >= 0]
+            view = view.writing(torch.tensor(writing, device=self._device))
+            first = first.clamp(min=0)
+        positions = first[:, None] + torch.arange(width, device=self._device)  # [B, T]
         hidden = self.model(tokens, positions, view)[:, batch.logits_from :]
         tile = max(1, logits_tile(self.model.args.vocab_size, hidden.element_size()) // rows)
         for piece in hidden.split(tile, dim=1):

@@ -5,14 +5,14 @@ It knows nothing of the model or of torch. A Batch is all that a rank needs to r
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from codellama.config import RuntimeArgs
 from codellama.generation.request import Request
-from codellama.generation.rows import RowTable
+from codellama.generation.rows import LEAST_REUSE, RowTable, common_length
 
 SHARED_CHUNK = 512
-"""Tokens of a prompt that are read at once while other rows decode: they wait for so many."""
+"""Tokens of prompts that are read between two steps of the rows that decode: they wait for so many."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class Batch:
     Attributes:
         start: first cache row.
         tokens: B lists of T ids.
-        positions: where each row's first new token stands; the others follow it.
+        positions: where each row's first new token stands; the others follow it. -1 for a row that runs along because
+            rows are a slice: it writes nothing.
         logits_from: logits are wanted for the new tokens from this one on; T for none, T - 1 for the last.
-        requests: whose rows these are, on the leader; None for a row that runs along because rows are a slice.
+        requests: whose rows these are, on the leader; None for a row that runs along.
+        copies: what goes from row to row before the step, in this order: source, target, first position, end.
     """
 
     start: int
@@ -32,6 +34,7 @@ class Batch:
     positions: Sequence[int]
     logits_from: int
     requests: Sequence[Request | None] = field(default=(), compare=False)
+    copies: Sequence[tuple[int, int, int, int]] = ()
 
     @property
     def width(self) -> int:
@@ -45,31 +48,40 @@ class Batch:
 
     def to_integers(self) -> list[int]:
         """Flatten for another rank, which never sees the requests."""
-        flat = [token for row in self.tokens for token in row]
-        return [self.start, len(self.tokens), self.logits_from, *self.positions, *flat]
+        tokens = [token for row in self.tokens for token in row]
+        copies = [value for copy in self.copies for value in copy]
+        sizes = [len(self.tokens), len(self.copies)]
+        return [self.start, *sizes, self.logits_from, *copies, *self.positions, *tokens]
 
     @classmethod
     def from_integers(cls, values: Sequence[int]) -> "Batch":
         """Read what `to_integers` wrote."""
-        start, rows, logits_from = values[:3]
-        positions, flat = values[3 : 3 + rows], values[3 + rows :]
+        start, rows, n_copies, logits_from = values[:4]
+        copies = [(values[at], values[at + 1], values[at + 2], values[at + 3]) for at in range(4, 4 + 4 * n_copies, 4)]
+        rest = values[4 + 4 * n_copies :]
+        positions, flat = rest[:rows], rest[rows:]
         width = len(flat) // rows
         tokens = [flat[row * width : (row + 1) * width] for row in range(rows)]
-        return cls(start, tokens, positions, logits_from)
+        return cls(start, tokens, positions, logits_from, copies=tuple(copies))
 
 
 class Scheduler:
-    """Gives rows to requests in the order they came, and makes the next step's batch."""
+    """Gives rows to requests in the order they came, and makes the next step's batch.
+
+    What several prompts begin with is computed once: before a chunk of a prompt is read, what any other row has of it
+    is copied. So nobody waits for anybody, whoever is first.
+    """
 
     def __init__(self, runtime: RuntimeArgs) -> None:
         """Start with all rows free."""
         self._runtime = runtime
         self._waiting: deque[Request] = deque()
         self._rows: list[Request | None] = [None] * runtime.max_batch_size
-        self._lengths = [0] * runtime.max_batch_size  # tokens that a row holds, kept when it is freed
         self._table = RowTable(runtime.max_batch_size)
+        self._copies: list[tuple[int, int, int, int]] = []  # of the batch that is being made
         self._prompts: deque[Request] = deque()  # admitted and not yet in the cache, in the order they came
-        self._prefills = 0  # prompts that were prefilled since the rows last decoded
+        self._passed = 0  # tokens that were read of later prompts since the first of these was read
+        self._delay = 0  # tokens of prompts that were read while rows waited to decode
 
     @property
     def busy(self) -> bool:
@@ -112,80 +124,111 @@ class Scheduler:
                 end(request)
         self._waiting.clear()
         self._prompts.clear()
-        self._prefills = 0
+        self._copies.clear()
+        self._passed = self._delay = 0
         self._rows = [None] * len(self._rows)
-        self._lengths = [0] * len(self._lengths)
         self._table.forget()
 
     def schedule(self) -> Batch | None:
         """Make the next batch, or None when there is nothing to do.
 
-        Prompts come before decoding, so that rows decode together. But the running rows decode once between the chunks
-        of a long prompt, and after as many prompts as there are rows, so that a stream keeps moving.
+        Prompts come before decoding, so that rows decode together. But rows that decode wait for no more than
+        SHARED_CHUNK tokens of prompts. Short prompts pass long ones, but the one that came first waits for no more than
+        a chunk of others between two of its own.
         """
         self._admit()
         decode = [request for request in self._rows if request is not None and not request.prefilling]
-        if self._prompts and not (decode and self._prefills >= len(self._rows)):
-            self._prefills = self._prefills if decode else 0
-            return self._prefill(self._prompts[0])
-        self._prefills = 0
-        return self._decode(decode) if decode else None
+        batch = self._prefill(bool(decode)) if self._prompts else None
+        if batch is None:
+            self._delay = 0
+            batch = self._decode(decode) if decode else None
+        if self._copies:
+            assert batch is not None, "what was copied is used at once"
+            batch, self._copies = replace(batch, copies=tuple(self._copies)), []
+        return batch
 
     def commit(self, batch: Batch) -> None:
         """Account for a batch that was run and whose requests have taken their tokens: free the rows that are done."""
         for request in batch.requests:
             if request is not None:
-                assert request.row is not None, "a request in a batch has a row"
                 request.n_cached += batch.width
-                # One position stays free to write to while the row runs along.
-                self._lengths[request.row] = min(request.n_cached, self._runtime.max_seq_len - 1)
                 if request.finish_reason is None and not request.prefilling and request.n_max == 0:
                     request.finish("length")  # the prompt is scored; there is nothing to generate
         self._free()
 
     def _admit(self) -> None:
-        while self._waiting and (free := [row for row, request in enumerate(self._rows) if request is None]):
+        while self._waiting and (taken := self._table.take(self._waiting[0].prompt)):
             request = self._waiting.popleft()
-            row, reused = self._table.choose(free, request.prompt)
+            row, reused = taken
             if request.scores_prompt:  # which needs the logits of every position
                 reused = 0
             request.row, request.n_cached, request.n_reused = row, reused, reused
-            self._table.take(row, request.prompt[:reused])
             self._rows[row] = request
-            self._lengths[row] = reused
             self._prompts.append(request)
+            self._copy_beginning(request)  # at once: the next one may be given the row that holds it
+
+    def _copy_beginning(self, request: Request) -> None:
+        """Copy what another row holds of a prompt, its last id excepted, if that is enough to be worth it."""
+        assert request.row is not None, "an admitted request has a row"
+        if request.scores_prompt:
+            return
+        wanted = request.prompt[:-1]
+        length, source = self._table.longest(wanted)
+        for row, other in enumerate(self._rows):
+            if other is not None and other is not request and other.n_cached > length:
+                shared = min(common_length(other.prompt, wanted), other.n_cached)
+                if shared == len(other.prompt):
+                    shared += common_length(other.output[: other.n_cached - shared], wanted[shared:])
+                if shared > length:
+                    length, source = shared, row
+        if length >= request.n_cached + LEAST_REUSE:
+            self._copies.append((source, request.row, request.n_cached, length))
+            request.n_reused += length - request.n_cached
+            request.n_cached = length
 
     def _free(self) -> None:
         for row, request in enumerate(self._rows):
             if request is not None and request.finish_reason is not None:
                 self._rows[row] = None
-                self._table.give_back(row, [*request.prompt, *request.output][: self._lengths[row]])
+                self._table.give_back(row, [*request.prompt, *request.output][: request.n_cached])
                 if request in self._prompts:
                     self._prompts.remove(request)
 
-    def _prefill(self, request: Request) -> Batch:
-        assert request.row is not None, "an admitted request has a row"
-        decoding = any(other is not None and not other.prefilling for other in self._rows)
+    def _prefill(self, decoding: bool) -> Batch | None:
+        """Read a chunk of a prompt, or None if those that decode have waited enough."""
         size = min(self._runtime.chunk_size, SHARED_CHUNK) if decoding else self._runtime.chunk_size
+        first, request = self._prompts[0], min(self._prompts, key=_n_left)
+        if self._passed + self._cost(request, size) > size:
+            request = first
+        self._copy_beginning(request)
+        cost = self._cost(request, size)
+        if decoding and self._delay + cost > size:
+            return None
+        self._delay = self._delay + cost if decoding else 0
+        self._passed = 0 if request is first else self._passed + cost
+        assert request.row is not None, "an admitted request has a row"
         chunk = request.prompt[request.n_cached : request.n_cached + size]
-        last = request.n_cached + len(chunk) == len(request.prompt)
+        last = len(chunk) == _n_left(request)
         if last:
-            self._prompts.popleft()
-        self._prefills += 1 if last else len(self._rows)
+            self._prompts.remove(request)
         unscored = len(chunk) - 1 if last else len(chunk)
         logits_from = 0 if request.scores_prompt else unscored
         return Batch(request.row, [chunk], [request.n_cached], logits_from, [request])
 
+    def _cost(self, request: Request, size: int) -> int:
+        """Tokens of a request's next chunk of up to this size; but reading a few is not free either."""
+        return max(min(_n_left(request), size), size // len(self._rows))
+
     def _decode(self, decode: Sequence[Request]) -> Batch:
         rows = [request.row for request in decode if request.row is not None]
         span = range(min(rows), max(rows) + 1)
-        tokens, positions, requests = [], [], []
-        for row in span:
-            owner = self._rows[row]
-            active = owner if owner is not None and not owner.prefilling else None
-            requests.append(active)
-            tokens.append([active.output[-1] if active else 0])
-            # A row that runs along writes at its own next position: a free one past what it keeps, a prefilling one
-            # where its next chunk will be written.
-            positions.append(self._lengths[row])
+        owners = [self._rows[row] for row in span]
+        requests = [None if owner is None or owner.prefilling else owner for owner in owners]
+        tokens = [[request.output[-1] if request else 0] for request in requests]
+        positions = [request.n_cached if request else -1 for request in requests]
         return Batch(span.start, tokens, positions, 0, requests)
+
+
+def _n_left(request: Request) -> int:
+    """Ids of a prompt that are not in the cache yet."""
+    return len(request.prompt) - request.n_cached

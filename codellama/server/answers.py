@@ -29,6 +29,7 @@ class Choice:
         """Begin; with echo, the text begins with the prompt's."""
         self.index = index
         self.n_tokens = 0  # generated ones
+        self.n_reused = 0  # of the prompt, that were in the cache
         self.finish_reason: str | None = None
         self._tokenizer = tokenizer
         self._wants_scores = prompt.params.logprobs
@@ -59,7 +60,7 @@ class Choice:
             yield self._piece(piece, logprobs)
             logprobs = None  # with the first piece of its delta
         if delta.finish_reason is not None:
-            self.finish_reason = delta.finish_reason
+            self.finish_reason, self.n_reused = delta.finish_reason, delta.n_reused
             yield self._last()
 
     def whole(self) -> Json:
@@ -191,6 +192,7 @@ class Answer:
         """
         kind = ChatChoice if chat else Choice
         self.choices = [kind(index, prompt, tokenizer, echo) for index, prompt in enumerate(prompts)]
+        self._n = n
         self.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts[::n])
         self._include_usage = include_usage
         self._names = ("chat.completion", "chat.completion.chunk") if chat else ("text_completion", "text_completion")
@@ -204,6 +206,13 @@ class Answer:
     def n_generated(self) -> int:
         """Tokens of all choices so far."""
         return sum(choice.n_tokens for choice in self.choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that the cache held before this request."""
+        # The other choices of a prompt find it in the cache because the first has put it there.
+        groups = [self.choices[at : at + self._n] for at in range(0, len(self.choices), self._n)]
+        return sum(min(choice.n_reused for choice in group) for group in groups)
 
     def openings(self) -> Iterator[Json]:
         """Chunks that a stream begins with."""
@@ -235,4 +244,5 @@ class Answer:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.n_generated,
             "total_tokens": self.prompt_tokens + self.n_generated,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }

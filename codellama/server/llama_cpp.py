@@ -140,6 +140,11 @@ class LlamaCppAnswer:
         """Tokens so far."""
         return sum(text.n_tokens for text in self._texts)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that the cache held."""
+        return sum(text.n_reused for text in self._texts)
+
     def openings(self) -> Iterator[Json]:
         """Nothing."""
         return iter(())
@@ -169,15 +174,20 @@ class _Text:
         self._pieces: list[str] = []
         self._tokens: list[int] = []
         self._scores: list[TokenScore] = []
-        self._end: Delta | None = None
+        self._latest = Delta("")
         self._times = [time.perf_counter()]  # of the begin, the first delta and the last one
 
     @property
     def n_tokens(self) -> int:
         return len(self._tokens)
 
+    @property
+    def n_reused(self) -> int:
+        return self._latest.n_reused
+
     def push(self, delta: Delta) -> Iterator[Json]:
         self._times = [*self._times[:2], time.perf_counter()]
+        self._latest = delta
         self._pieces.append(delta.text)
         self._tokens += delta.tokens
         self._scores += delta.scores
@@ -190,7 +200,6 @@ class _Text:
             }  # fmt: skip
             probabilities, tokens = {}, []
         if delta.finish_reason is not None:
-            self._end = delta
             yield self._last("", [])
 
     def whole(self) -> Json:
@@ -198,9 +207,8 @@ class _Text:
         return {**self._last("".join(self._pieces), tokens), **self._probabilities(self._tokens, self._scores)}
 
     def _last(self, content: str, tokens: list[int]) -> Json:
-        assert self._end is not None, "the text has ended"
-        word = self._end.stopped_by
-        kind = "limit" if self._end.finish_reason == "length" else "eos" if word is None else "word"
+        word = self._latest.stopped_by
+        kind = "limit" if self._latest.finish_reason == "length" else "eos" if word is None else "word"
         begin, first, last = self._times[0], self._times[1], self._times[-1]
         n_prompt, n_generated = len(self._prompt.tokens), len(self._tokens)
         params = self._prompt.params
@@ -230,9 +238,9 @@ class _Text:
             "truncated": False,
             "stop_type": kind,
             "stopping_word": word or "",
-            "tokens_cached": self._end.n_reused,
+            "tokens_cached": self.n_reused,
             "timings": {
-                **_pace("prompt", n_prompt - self._end.n_reused, first - begin),
+                **_pace("prompt", n_prompt - self.n_reused, first - begin),
                 **_pace("predicted", n_generated, last - first),
             },
         }

@@ -40,8 +40,6 @@ class Record:
             index: which answer.
             n_tokens: generated ones that it brought.
         """
-        if not self._latest and not self.cached_tokens:
-            self.cached_tokens = delta.n_reused
         if n_tokens:
             now = time.perf_counter()
             self.first_token = self.first_token or now

@@ -39,6 +39,10 @@ class Answering(Protocol):
         """Tokens of all texts so far."""
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that the cache held already."""
+
+    @property
     def done(self) -> str:
         """What a stream ends with, beside its last event."""
 
@@ -179,6 +183,7 @@ class Running(Response):
         index, delta = await self._run.next()
         before = self._answer.n_generated
         chunks = list(self._answer.push(index, delta))
+        record.cached_tokens = self._answer.cached_tokens
         record.take(index, delta, self._answer.n_generated - before)
         if self._log_answers and delta.text:
             logger.info("id=%s answer=%d text=%r", record.id, index, delta.text)

@@ -27,16 +27,16 @@ def test_one_request() -> None:
 
 def test_prompts_come_before_decoding_and_rows_decode_together() -> None:
     machine = Machine(rows=3)
-    lengths = (3, 5, 2)
+    lengths = (5, 3, 2)
     for length in lengths:
         machine.add(length)
-    for row, length in enumerate(lengths):
+    for row in (2, 1, 0):  # the shortest one first
         batch = machine.step()
         assert batch is not None
-        assert (batch.start, batch.width, batch.positions) == (row, length, [0])
+        assert (batch.start, batch.width, batch.positions) == (row, lengths[row], [0])
     batch = machine.step()
     assert batch is not None
-    assert (rows_of(batch), batch.positions, batch.width) == ([0, 1, 2], [3, 5, 2], 1)
+    assert (rows_of(batch), batch.positions, batch.width) == ([0, 1, 2], [5, 3, 2], 1)
 
 
 def test_more_requests_than_rows_wait_and_rows_are_used_again_at_once() -> None:
@@ -121,7 +121,7 @@ def test_chunks_of_a_long_prompt_take_turns_with_decoding() -> None:
     machine.step()
     long = machine.add(30)
     steps = [rows_of(machine.step()) for _ in range(9)]
-    assert steps == [[2], [0, 1], [2], [0, 1], [2], [0, 1], [2], [0, 1, 2], [0, 1, 2]]
+    assert steps == [[0, 1], [2], [0, 1], [2], [0, 1], [2], [0, 1], [2], [0, 1, 2]]
     assert machine.prefilled[long] == long.prompt
 
 
@@ -132,7 +132,7 @@ def test_chunks_follow_each_other_when_nothing_decodes() -> None:
     assert widths == [8, 8, 8, 6]
 
 
-def test_a_row_that_runs_along_writes_at_its_own_next_position() -> None:
+def test_rows_that_run_along_write_nothing_and_are_not_read_beyond_the_others() -> None:
     """Rows 0 and 3 decode; row 1 is in the middle of a prompt, row 2 is free and keeps 5 tokens."""
     machine = Machine(rows=4, max_seq_len=64)
     requests = [machine.add(3, n) for n in (30, 2, 3, 30)]
@@ -143,13 +143,13 @@ def test_a_row_that_runs_along_writes_at_its_own_next_position() -> None:
     batch = machine.step()
     assert batch is not None
     assert (rows_of(batch), len(batch.tokens)) == ([0, 3], 4)
-    assert list(batch.positions) == [5, 8, 5, 5]
+    assert (list(batch.positions), batch.length) == ([5, -1, -1, 4], 6)
     assert [batch.tokens[1], batch.tokens[2]] == [[0], [0]]
     machine.finish()
     assert machine.prefilled[long] == long.prompt
 
 
-def test_a_full_row_that_runs_along_gives_up_its_last_token_alone() -> None:
+def test_a_full_row_that_runs_along_keeps_all_that_it_holds() -> None:
     """Row 1 scored a prompt of max_seq_len tokens and holds them all when rows 0 and 2 decode."""
     machine = Machine(rows=3)
     machine.add(3, n=9)
@@ -157,7 +157,74 @@ def test_a_full_row_that_runs_along_gives_up_its_last_token_alone() -> None:
     machine.add(3, n=9)
     machine.finish()
     assert full.finish_reason == "length"
-    assert machine.kept[1] == full.prompt[:31]
+    assert machine.kept[1] == full.prompt
+
+
+def test_the_beginning_that_a_busy_row_holds_is_copied() -> None:
+    machine = Machine(rows=3, max_seq_len=64)
+    first = machine.add(20, n=30)
+    for _ in range(10):
+        machine.step()
+    same = machine.add(20, begin=first.prompt)
+    longer = machine.add(40, begin=[*first.prompt, *first.output[:4]])
+    batch = machine.step()
+    assert batch is not None
+    assert batch.copies == ((0, 1, 0, 19), (0, 2, 0, 24))
+    assert (same.n_reused, longer.n_reused) == (19, 24)
+    assert (batch.start, batch.positions, batch.tokens) == (1, [19], [first.prompt[19:]])
+    machine.finish()
+
+
+def test_one_prompt_for_many_is_read_once() -> None:
+    machine = Machine(rows=4, max_seq_len=64)
+    first = machine.add(30)
+    others = [machine.add(30, begin=first.prompt) for _ in range(3)]
+    widths = [batch.width for batch in iter(machine.step, None) if batch is not None and len(batch.tokens) == 1]
+    assert sum(widths) == 30 + 3
+    assert [request.n_reused for request in (first, *others)] == [0, 29, 29, 29]
+
+
+def test_a_beginning_that_several_share_is_read_once_whoever_is_first() -> None:
+    """The second one is shorter and passes; the first goes on from what it has read."""
+    machine = Machine(rows=2, max_seq_len=64)
+    first = machine.add(40)
+    second = machine.add(26, begin=first.prompt[:20])
+    steps = []
+    while second.prefilling:
+        batch = machine.step()
+        assert batch is not None
+        steps.append((batch.start, batch.positions[0], batch.width, batch.copies))
+    assert steps == [
+        (1, 0, 8, ()), (0, 8, 8, ((1, 0, 0, 8),)), (1, 16, 8, ((0, 1, 8, 16),)), (0, 16, 8, ()), (1, 24, 2, ()),
+    ]  # fmt: skip
+    machine.finish()
+    assert (machine.prefilled[first], machine.copied) == (first.prompt, 16)
+
+
+def test_a_long_row_is_not_given_up_for_the_few_ids_that_it_begins_with() -> None:
+    machine = Machine(rows=2, max_seq_len=128)
+    chat = machine.add(100)
+    machine.finish()
+    other = machine.add(30, begin=chat.prompt[:20])
+    batch = machine.step()
+    assert batch is not None
+    assert (other.row, batch.copies) == (1, ((0, 1, 0, 20),))
+    machine.finish()
+    again = machine.add(110, begin=[*chat.prompt, *chat.output])
+    machine.step()
+    assert (again.row, again.n_reused) == (0, 103)
+
+
+def test_the_row_of_a_cancelled_source_may_be_given_away_at_once() -> None:
+    """Row 0 holds what two requests begin with, and one of them is given it."""
+    machine = Machine(rows=2, max_seq_len=64)
+    source = machine.add(30, n=20)
+    for _ in range(6):
+        machine.step()
+    machine.cancel(source)
+    first, second = machine.add(40, begin=source.prompt), machine.add(35, begin=source.prompt)
+    machine.finish()
+    assert [(request.row, request.n_reused) for request in (first, second)] == [(0, 31 - 1), (1, 30)]
 
 
 @pytest.mark.parametrize(("prompt", "n"), [(31, 1), (30, 2), (1, 31)])
@@ -279,17 +346,63 @@ def test_short_prompts_do_not_hold_up_a_long_one() -> None:
     assert not long.prefilling
 
 
+def test_short_prompts_pass_a_long_one_between_its_chunks() -> None:
+    """The first token of a short one takes no more than the chunk that runs and its own."""
+    machine = Machine(rows=3, max_seq_len=128)
+    long = machine.add(100)
+    for _ in range(3):
+        machine.step()
+    short = machine.add(5)
+    machine.step()
+    assert (len(short.output), long.n_cached) == (1, 24)
+
+
+def test_a_long_prompt_waits_for_no_more_than_a_chunk_between_two_of_its_own() -> None:
+    machine = Machine(rows=4, max_seq_len=128, chunk_size=16)
+    long = machine.add(100)
+    passed, between = 0, []
+    while long.prefilling:
+        machine.add(6, n=1)
+        batch = machine.step()
+        assert batch is not None
+        if rows_of(batch) == [long.row]:
+            between.append(passed)
+            passed = 0
+        else:
+            passed += batch.width
+    assert between == [12] * 6 + [0], "two prompts of 6, in chunks of 16; the last 4 are the shortest"
+
+
+def test_rows_that_decode_wait_for_no_more_than_a_chunk() -> None:
+    machine = Machine(rows=4, max_seq_len=64, chunk_size=12)
+    stream = machine.add(2, n=30)
+    machine.step()
+    delay, delays = 0, []
+    while stream.finish_reason is None:
+        machine.add(5, n=1)
+        batch = machine.step()
+        assert batch is not None
+        if 0 in rows_of(batch):
+            delays.append(delay)
+            delay = 0
+        else:
+            delay += batch.width
+    assert delays[1:-1] == [10] * (len(delays) - 2), "two prompts of 5, in chunks of 12"
+
+
 def test_batches_travel_as_integers() -> None:
-    batch = Batch(3, [[5, 6, 7], [8, 9, 10]], [0, 4], 2)
-    assert batch.to_integers() == [3, 2, 2, 0, 4, 5, 6, 7, 8, 9, 10]
+    batch = Batch(3, [[5, 6, 7], [8, 9, 10]], [0, 4], 2, copies=((0, 3, 0, 9), (3, 1, 4, 8)))
+    assert batch.to_integers() == [3, 2, 2, 2, 0, 3, 0, 9, 3, 1, 4, 8, 0, 4, 5, 6, 7, 8, 9, 10]
     assert Batch.from_integers(batch.to_integers()) == batch
-    assert (batch.width, batch.length) == (3, 7)
+    plain = Batch(3, [[5], [0], [6]], [4, -1, 2], 0)
+    assert Batch.from_integers(plain.to_integers()) == plain
+    assert (batch.width, batch.length, plain.length) == (3, 7, 5)
 
 
 def test_random_schedules() -> None:
     """300 loads that come, are cancelled and end at random."""
     rng = random.Random(8)
-    reasons, reused = {"length": 0, "cancelled": 0}, 0
+    reasons, reused, copied = {"length": 0, "cancelled": 0}, 0, 0
     for _ in range(300):
         machine = Machine(rows=rng.randrange(1, 5), max_seq_len=rng.randrange(4, 70), chunk_size=rng.randrange(1, 12))
         for _ in range(rng.randrange(1, 12)):
@@ -313,5 +426,7 @@ def test_random_schedules() -> None:
                 assert len(request.output) == request.n_max
                 assert machine.prefilled.get(request, request.prompt) == request.prompt
             reused += request.n_reused > 0
+        copied += machine.copied > 0
     assert reused > 50
+    assert copied > 50
     assert min(reasons.values()) > 50

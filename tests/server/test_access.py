@@ -18,7 +18,11 @@ from tests.support.scripted import ScriptedService
 
 SECRET = "nobody must read this"
 CHAT = {"messages": [{"role": "user", "content": SECRET}]}
-SCRIPT = (Delta("Hi", (5,), n_reused=3), Delta(" there", (6, 7), n_reused=3), Delta("", finish_reason="stop"))
+SCRIPT = (
+    Delta("Hi", (5,), n_reused=3),
+    Delta(" there", (6, 7), n_reused=3),
+    Delta("", finish_reason="stop", n_reused=3),
+)
 
 
 @pytest.fixture

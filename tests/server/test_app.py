@@ -15,7 +15,7 @@ from codellama.server.settings import Settings
 from codellama.tokenizer import Tokenizer
 from tests.support.scripted import ScriptedService
 
-SCRIPT = (Delta("Hi", (5,)), Delta(":\n```py", (6, 7)), Delta("", finish_reason="stop"))
+SCRIPT = (Delta("Hi", (5,)), Delta(":\n```py", (6, 7)), Delta("", finish_reason="stop", n_reused=3))
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -43,7 +43,10 @@ def test_a_chat_as_a_whole(service: ScriptedService) -> None:
         {"index": index, "message": message, "logprobs": None, "finish_reason": "stop"} for index in (0, 1)
     ]
     n_prompt = len(service.submitted[0].tokens)
-    assert body["usage"] == {"prompt_tokens": n_prompt, "completion_tokens": 6, "total_tokens": n_prompt + 6}
+    assert body["usage"] == {
+        "prompt_tokens": n_prompt, "completion_tokens": 6, "total_tokens": n_prompt + 6,
+        "prompt_tokens_details": {"cached_tokens": 3},
+    }  # fmt: skip
     assert (body["object"], body["model"]) == ("chat.completion", "codellama-tiny")
 
 
@@ -65,6 +68,7 @@ def test_a_completion_with_echo_and_without_v1(service: ScriptedService) -> None
     sent = {"prompt": ["a", "b"], "echo": True}
     body = client(service).post("/completions", json=sent).json()
     assert [choice["text"] for choice in body["choices"]] == ["aHi:\n```py", "bHi:\n```py"]
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 6}
     streamed = events(client(service).post("/v1/completions", json={**sent, "stream": True}).text)
     for index, choice in enumerate(body["choices"]):
         texts = [c["text"] for chunk in streamed for c in chunk["choices"] if c["index"] == index]

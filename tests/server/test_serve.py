@@ -80,6 +80,16 @@ def test_streams_at_once_are_what_each_is_alone(client: httpx2.Client) -> None:
     assert len(set(alone)) == 3
 
 
+def test_usage_tells_what_was_cached(client: httpx2.Client) -> None:
+    body = {"prompt": "def tell(usage):\n    return " + "usage + " * 20, "max_tokens": 4, "temperature": 0, "n": 2}
+    fresh, again = (client.post("/v1/completions", json=body).json()["usage"] for _ in range(2))
+    assert fresh["prompt_tokens"] == again["prompt_tokens"] > 40
+    assert fresh["prompt_tokens_details"]["cached_tokens"] < 20, "the second choice's copy is no earlier prompt's"
+    assert again["prompt_tokens_details"]["cached_tokens"] == again["prompt_tokens"] - 1
+    chunks = stream(client, "/v1/completions", {**body, "stream_options": {"include_usage": True}})
+    assert chunks[-1]["usage"] == again
+
+
 def test_a_client_that_leaves_frees_its_row(serving: tuple[Serving, httpx2.Client]) -> None:
     running, client = serving
     with client.stream("POST", "/v1/completions", json={**ENDLESS, "stream": True, "n": 3}) as response:

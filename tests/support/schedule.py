@@ -1,7 +1,7 @@
 """Drives the scheduler with made-up tokens and a made-up cache, and checks each of its batches; no torch, no model.
 
-The cache holds ids: each batch writes its tokens at its positions, also in rows that run along. Before a batch, each of
-its requests must find its own history in its row: nobody else wrote there.
+The cache holds ids: each batch copies from row to row, then writes its tokens at its positions. Before a batch, every
+request must find its own history in its row, whether it runs or not: nobody else wrote there.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ class Machine:
 
     Attributes:
         cache: what each row holds; kept: what a row held when it was freed.
-        prefilled: the part of its prompt that a request has been given, in the order in which it came.
+        prefilled: the part of its prompt that is in the cache, in the order in which it came there.
+        copied: ids that went from row to row.
         admitted: requests in the order in which they were given rows; running: those that have not ended.
     """
 
@@ -31,6 +32,7 @@ class Machine:
         self.requests: list[Request] = []
         self.admitted: list[Request] = []
         self.running: set[Request] = set()
+        self.copied = 0
 
     def add(self, length: int, n: int = 4, begin: Sequence[int] = (), **params: bool) -> Request:
         """Queue a request whose prompt begins like this, and goes on like no other's."""
@@ -44,13 +46,15 @@ class Machine:
         """Schedule, check, run, commit."""
         free = set(range(self.runtime.max_batch_size)) - {request.row for request in self.running}
         batch = self.scheduler.schedule()
-        self.admit(sorted(free))
+        self.admit(sorted(free), batch)
         if batch is None:
             assert not self.scheduler.busy
             return None
+        self.copy(batch)
         self.check(batch)
         for row, (tokens, first) in enumerate(zip(batch.tokens, batch.positions, strict=True), start=batch.start):
-            self.cache[row][first : first + len(tokens)] = tokens
+            if first >= 0:
+                self.cache[row][first : first + len(tokens)] = tokens
         for request, position in zip(batch.requests, batch.positions, strict=True):
             if request is not None and request.n_max > 0 and position + batch.width == request.n_tokens:
                 request.append((request.prompt[0] + 7 * len(request.output)) % VOCAB, None)
@@ -69,27 +73,39 @@ class Machine:
         self.scheduler.cancel(request)
         self.leave()
 
-    def admit(self, free: Sequence[int]) -> None:
+    def admit(self, free: Sequence[int], batch: Batch | None) -> None:
         """Find out who was given a row: those who came first, each a free one that holds what it relies on."""
         fresh = [request for request in self.requests if request.row is not None and request not in self.admitted]
         assert {request.row for request in fresh} <= set(free)
+        copied = dict.fromkeys(range(len(self.cache)), 0)
+        for _, target, start, stop in batch.copies if batch else ():
+            copied[target] += stop - start
         for request in fresh:
             assert request.row is not None
-            assert self.kept[request.row][: request.n_reused] == request.prompt[: request.n_reused]
-            assert request.n_reused < len(request.prompt)
-            assert not (request.scores_prompt and request.n_reused)
+            kept = request.n_reused - copied[request.row]
+            assert self.kept[request.row][:kept] == request.prompt[:kept]
+            self.prefilled[request] = request.prompt[:kept]
         left = [request for request in self.requests if request.row is None and request.finish_reason is None]
         assert [request for request in left if len(fresh) < len(free)] == [], "nobody waits while a row is free"
         self.admitted += fresh
         self.running |= set(fresh)
-        self.prefilled |= {request: request.prompt[: request.n_reused] for request in fresh}
+
+    def copy(self, batch: Batch) -> None:
+        """Copy, in the order of the batch, what a request does not have yet."""
+        owners = {request.row: request for request in self.running}
+        for source, target, start, stop in batch.copies:
+            owner = owners[target]
+            assert source != target
+            assert start == len(self.prefilled[owner]) < stop < len(owner.prompt)
+            self.cache[target][start:stop] = self.cache[source][start:stop]
+            self.prefilled[owner] += owner.prompt[start:stop]
+            self.copied += stop - start
 
     def leave(self) -> None:
         for request in [request for request in self.running if request.finish_reason is not None]:
             assert request.row is not None
             self.running.remove(request)
-            length = min(request.n_cached, self.runtime.max_seq_len - 1)  # one position to write to when it runs along
-            self.kept[request.row] = [*request.prompt, *request.output][:length]
+            self.kept[request.row] = [*request.prompt, *request.output][: request.n_cached]
 
     def check(self, batch: Batch) -> None:
         rows = range(batch.start, batch.start + len(batch.tokens))
@@ -98,7 +114,6 @@ class Machine:
         assert {len(tokens) for tokens in batch.tokens} == {batch.width}
         assert 1 <= batch.width <= self.runtime.chunk_size
         assert 0 <= batch.logits_from <= batch.width
-        assert min(batch.positions) >= 0
         assert batch.length == max(batch.positions) + batch.width <= self.runtime.max_seq_len
         again = Batch.from_integers(batch.to_integers())
         assert again == batch
@@ -110,8 +125,12 @@ class Machine:
         for row, request, tokens, position in zip(rows, batch.requests, batch.tokens, batch.positions, strict=True):
             if request is not None:
                 self.check_request(row, request, tokens, position, batch)
-            elif row in owners:
-                assert position == owners[row].n_cached, "a row that runs along writes where its next chunk will be"
+            else:
+                assert position == -1, "a row that runs along writes nothing"
+        for row, owner in owners.items():
+            history = [*owner.prompt, *owner.output]
+            assert self.cache[row][: owner.n_cached] == history[: owner.n_cached], "each finds what is its own"
+            assert not (owner.scores_prompt and owner.n_reused)
         for row in set(range(self.runtime.max_batch_size)) - owners.keys():
             assert self.cache[row][: len(self.kept[row])] == self.kept[row], "a free row keeps what it holds"
 
@@ -119,7 +138,7 @@ class Machine:
         assert request.row == row
         assert request in self.running
         history = [*request.prompt, *request.output]
-        assert self.cache[row][:position] == history[:position]
+        assert position == request.n_cached
         assert history[position : position + len(tokens)] == tokens
         if position < len(request.prompt):
             assert len(batch.requests) == 1, "a prompt is prefilled alone"
