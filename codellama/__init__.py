@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from codellama.command import run_command
-    from codellama.config import ModelArgs, RuntimeArgs, SamplingParams
+    from codellama.config import Grammar, ModelArgs, RuntimeArgs, SamplingParams
     from codellama.errors import (
         CheckpointError,
         CodeLlamaError,
         ContextLengthError,
+        GrammarError,
         MemoryBudgetError,
         NumericalError,
         ParallelSizeError,
@@ -35,6 +36,8 @@ __all__ = [
     "CompletionPrediction",
     "ContextLengthError",
     "Dialog",
+    "Grammar",
+    "GrammarError",
     "InfillingPrediction",
     "Llama",
     "MemoryBudgetError",
@@ -57,7 +60,7 @@ __all__ = [
 
 _HOMES = {
     "codellama.command": ("run_command",),
-    "codellama.config": ("ModelArgs", "RuntimeArgs", "SamplingParams"),
+    "codellama.config": ("Grammar", "ModelArgs", "RuntimeArgs", "SamplingParams"),
     "codellama.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "codellama.llama": ("Llama",),
     "codellama.model": ("Transformer",),

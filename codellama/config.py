@@ -3,19 +3,21 @@
 This module knows nothing of files, tensors or torch.
 """
 
+import json
 import math
 import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
-from codellama.errors import CheckpointError, shown
+from codellama.errors import CheckpointError, GrammarError, shown
 
 LogitsProcessor = Callable[[Sequence[int], Any], Any]
 """(token ids so far, float32 logits [vocab_size]) → logits of the same shape."""
 
 _LARGEST_SIZE = 2**31 - 1
+_LARGEST_GRAMMAR = 64 * 1024  # bytes
 _LARGEST_NUMBER = 1e12  # of rope_theta and the like: far above any real one, and products of sizes stay finite
 
 
@@ -172,11 +174,76 @@ class RuntimeArgs:
             object.__setattr__(self, field.name, _integer(field.name, getattr(self, field.name), 1))
 
 
+@dataclass(frozen=True)
+class Grammar:
+    """What form a generated text must have; make it with one of the methods below.
+
+    Attributes:
+        kind: how source is to be read.
+        source: a JSON schema that is an object, a regular expression of Rust's syntax, or llguidance's Lark.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("json_schema", "regex", "lark"):
+            raise ValueError(f"kind is {self.kind!r}; json_schema, regex or lark was expected")
+        if not isinstance(self.source, str):
+            raise TypeError(f"a grammar is {self.source!r}; a string was expected")
+        try:
+            size = len(self.source.encode())
+        except UnicodeEncodeError as error:
+            raise GrammarError("the grammar holds a lone surrogate; it is not valid Unicode") from error
+        if size > _LARGEST_GRAMMAR:
+            raise GrammarError(f"the grammar has {size} bytes; at most {_LARGEST_GRAMMAR} are possible")
+        if self.kind == "json_schema":
+            try:
+                schema = json.loads(self.source)
+            except (ValueError, RecursionError) as error:
+                raise GrammarError(f"the JSON schema is not JSON that can be read: {error}") from error
+            if not isinstance(schema, dict):
+                raise GrammarError(f"the JSON schema is {shown(schema)}; an object was expected")
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool) -> "Grammar":
+        """JSON that a schema describes; True is any JSON.
+
+        Raises:
+            GrammarError: it cannot be written as JSON, or is too large.
+            TypeError: it is no object.
+        """
+        if not isinstance(schema, Mapping | bool):
+            raise TypeError(f"a JSON schema is {shown(schema)}; an object was expected")
+        try:
+            source = json.dumps({} if schema is True else schema, allow_nan=False, separators=(",", ":"))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise GrammarError(f"the JSON schema cannot be written as JSON: {error}") from error
+        return cls("json_schema", source)
+
+    @classmethod
+    def json_object(cls) -> "Grammar":
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"})
+
+    @classmethod
+    def regex(cls, pattern: str) -> "Grammar":
+        """A text that a regular expression matches as a whole. It has no look-around and no references back."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def lark(cls, text: str) -> "Grammar":
+        """A text of a context-free grammar, in llguidance's dialect of Lark."""
+        return cls("lark", text)
+
+
 _RANGES = (
     ("temperature", 0.0, math.inf),
     ("top_p", 0.0, 1.0),
     ("min_p", 0.0, 1.0),
     ("repetition_penalty", 1e-6, math.inf),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
 )
 
 
@@ -191,6 +258,10 @@ class SamplingParams:
         min_p: drop tokens less probable than this fraction of the most probable one.
         repetition_penalty: divides positive and multiplies negative logits of tokens that already occurred, prompt
             included; 1 changes nothing. Source: CTRL, arXiv 1909.05858, section 4.1.
+        presence_penalty: subtracted from the logits of tokens that were generated.
+        frequency_penalty: subtracted as often as a token was generated.
+        logit_bias: added to the logits of these ids, -100 to 100 each; a mapping, kept as pairs in the order of ids.
+        grammar: the form that the text must have. Tokens that stop may come when it is complete.
         max_gen_len: tokens to generate at most; None means as many as the row holds. 0 with echo scores the prompt.
         stop_tokens: ids that end the generation and are not returned.
         stop: strings that end the generation and are cut from the text, with all that follows.
@@ -210,6 +281,10 @@ class SamplingParams:
     top_k: int | None = None
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
     max_gen_len: int | None = None
     stop_tokens: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
@@ -236,6 +311,11 @@ class SamplingParams:
             raise TypeError(f"stop_tokens is {self.stop_tokens!r}; a list of integer token ids was expected")
         ids = frozenset(_integer("an id of stop_tokens", id, None) for id in self.stop_tokens)
         object.__setattr__(self, "stop_tokens", ids)
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise TypeError(
+                f"grammar is {self.grammar!r}; a Grammar was expected, such as Grammar.json_schema({{...}})"
+            )
         for name in ("logprobs", "echo"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; True or False was expected")
@@ -251,6 +331,18 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True where the most probable token is taken without drawing."""
         return self.temperature == 0 or self.top_p == 0 or self.top_k == 1
+
+
+def _biases(given: Any) -> tuple[tuple[int, float], ...]:
+    """Check a logit_bias: a mapping, or the pairs that it is kept as."""
+    if given is None or isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"logit_bias is {given!r}; a mapping from token ids to numbers was expected")
+    pairs = given.items() if isinstance(given, Mapping) else given
+    checked = {
+        _integer("an id of logit_bias", id, None): float(_number("a value of logit_bias", value, -100, 100))
+        for id, value in pairs
+    }
+    return tuple(sorted(checked.items()))
 
 
 def _check_size(name: str, value: object) -> None:

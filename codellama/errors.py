@@ -4,7 +4,8 @@
     ├── CheckpointError              missing file, unknown format, missing or unexpected tensor, wrong shape
     │   └── ParallelSizeError        (ValueError) the model-parallel size does not divide heads or tensors
     ├── PromptError                  (ValueError) roles out of order, special tags in content, no infilling pieces
-    │   └── ContextLengthError       the prompt does not fit; carries both numbers
+    │   ├── ContextLengthError       the prompt does not fit; carries both numbers
+    │   └── GrammarError             a grammar is refused, or cannot be followed to its end
     ├── MemoryBudgetError            (MemoryError) it does not fit; names the largest max_seq_len that does
     ├── NumericalError               (ArithmeticError) NaN logits; names the ranks whose columns hold them
     └── RankError                    (RuntimeError) another rank died, raised, or asked for something else
@@ -51,6 +52,10 @@ class ContextLengthError(PromptError):
     def __reduce__(self) -> tuple[type["ContextLengthError"], tuple[int, int, str]]:
         """Pickle by the three arguments, since the message alone cannot rebuild them."""
         return type(self), (self.prompt_length, self.max_seq_len, self.where)
+
+
+class GrammarError(PromptError):
+    """A grammar is refused, llguidance is not installed, or nothing that the grammar allows can come next."""
 
 
 class MemoryBudgetError(CodeLlamaError, MemoryError):

@@ -3,11 +3,11 @@
 They know nothing of how a generation is made.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
-from codellama.config import LogitsProcessor, SamplingParams
+from codellama.config import Grammar, LogitsProcessor, SamplingParams
 from codellama.generation.prompt import Prompt
 from codellama.generation.request import Completion, FinishReason
 from codellama.tokenizer import Tokenizer
@@ -21,6 +21,10 @@ class SamplingOptions(TypedDict, total=False):
     top_k: int | None
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    grammar: Grammar | None
     stop: str | Sequence[str] | None
     stop_tokens: Collection[int]
     seed: int | None

@@ -182,6 +182,8 @@ def test_runtime_args_are_positive_integers(name: str, value: object, error: typ
         ("top_p", (0, 0.0, 0.5, 1, 1.0), (-0.1, 1.0000001, 2)),
         ("min_p", (0, 0.0, 0.5, 1, 1.0), (-0.1, 1.0000001, 2)),
         ("repetition_penalty", (1e-6, 0.5, 1, 2.5), (0, 0.0, 9e-7, -1.0)),
+        ("presence_penalty", (-2, 0, 0.5, 2.0), (-2.1, 3)),
+        ("frequency_penalty", (-2.0, 0, 0.5, 2), (-3, 2.0001)),
     ],
 )
 def test_numbers_of_sampling_params(name: str, good: tuple[float, ...], outside: tuple[float, ...]) -> None:
@@ -219,6 +221,19 @@ def test_integers_of_sampling_params(name: str, good: tuple[int | None, ...], ou
     for wrong in (True, False, 1.0, NAN, INF, "1", [1]):
         with pytest.raises(TypeError, match=f"^{name} is "):
             SamplingParams(**{name: wrong})
+
+
+def test_biases_are_pairs_in_the_order_of_ids() -> None:
+    params = SamplingParams(logit_bias={np.int64(7): -100, 2: np.float32(0.5)})
+    assert params.logit_bias == ((2, 0.5), (7, -100.0))
+    assert dataclasses.replace(params, seed=1).logit_bias == params.logit_bias
+    assert hash(params) == hash(SamplingParams(logit_bias=((7, -100), (2, 0.5))))
+    for wrong in ({1: 100.5}, {1: NAN}, {1: -INF}):
+        with pytest.raises(ValueError, match=r"^a value of logit_bias is "):
+            SamplingParams(logit_bias=wrong)  # type: ignore[arg-type]
+    for wrong in (None, "1", 3, {"1": 0}, {1.5: 0}, {True: 0}, {1: "0"}):
+        with pytest.raises(TypeError, match="logit_bias"):
+            SamplingParams(logit_bias=wrong)  # type: ignore[arg-type]
 
 
 def test_top_logprobs_is_never_none() -> None:

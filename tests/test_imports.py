@@ -18,6 +18,8 @@ TORCH_FREE = (
     "codellama.tokenizer",
     "codellama.prompts",
     "codellama.memory",
+    "codellama.generation.grammar",
+    "codellama.generation.trial",
     "codellama.generation.request",
     "codellama.generation.prompt",
     "codellama.generation.scheduler",

@@ -62,8 +62,8 @@ class Engine:
     def step(self) -> bool:
         """Run one batch on all ranks. Call it on the leader; returns False when there is nothing to do.
 
-        What a request's own logits_processor or on_delta raises ends that request alone. What is raised here has ended
-        all of them, with finish_reason "error" and the same exception.
+        What a request's own logits_processor, grammar or on_delta raises ends that request alone. What is raised here
+        has ended all of them, with finish_reason "error" and the same exception.
 
         Raises:
             NumericalError: the logits are not finite.
@@ -225,10 +225,11 @@ class Engine:
             if following + logits.shape[1] - 1 == request.n_tokens and request.n_max > 0:
                 last = logits[row, -1]
                 try:
-                    token = sample(last, request.params, request.rng.random(), request.history())
+                    uniform, allowed = request.rng.random(), request.allowed()
+                    token = sample(last, request.params, uniform, request.history(), request.counts, allowed)
                 except StopIteration as error:  # which would look like the end of a stream
                     request.fail(RuntimeError(f"logits_processor raised {error!r}"))
-                except Exception as error:  # of its logits_processor
+                except Exception as error:  # of its logits_processor or its grammar
                     request.fail(error)
                 else:
                     drawn.append((request, last, token))

@@ -7,10 +7,12 @@ import numbers
 import random
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from codellama.config import LogitsProcessor, SamplingParams
-from codellama.errors import PromptError
+from codellama.errors import GrammarError, PromptError
+from codellama.generation.grammar import Grammars, Matcher
 from codellama.generation.request import GeneratedText, Request, check_ids
 from codellama.prompts import Dialog, format_for, infilling_prompt_tokens, infilling_stop_tokens
 from codellama.tokenizer import Tokenizer
@@ -27,6 +29,7 @@ class Prompt:
         where: what an error message calls it.
         before: the text that the generated one continues; after: the text that it leads to. For results.
         strip: drop white space around the generated text.
+        matcher: the grammar, prepared for one request; it does not travel either, and is prepared again where needed.
     """
 
     tokens: list[int]
@@ -36,6 +39,10 @@ class Prompt:
     before: str = ""
     after: str = ""
     strip: bool = False
+    matcher: Matcher | None = field(default=None, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"matcher": None}
 
 
 class PromptMaker:
@@ -44,6 +51,7 @@ class PromptMaker:
     Raises:
         PromptError: the text cannot be expressed as ids.
         ContextLengthError: it leaves no room to generate.
+        GrammarError: its grammar is refused.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_seq_len: int, seed: int | None) -> None:
@@ -51,6 +59,7 @@ class PromptMaker:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_seq_len = max_seq_len
+        self._grammars = Grammars(tokenizer, vocab_size)
         if seed is not None and not isinstance(seed, numbers.Integral):
             raise TypeError(f"seed is {seed!r}; an integer was expected")
         self._seeds = random.Random() if seed is None else random.Random(str(int(seed)))
@@ -83,8 +92,25 @@ class PromptMaker:
             tokens = chat.encode_dialog(dialog, allow_tags)
         return replace(self._checked(tokens, _stopping(params, chat.stop_tokens()), where), strip=True)
 
+    def alternatives(self, prompt: Prompt, n: int) -> list[Prompt]:
+        """Repeat a prompt n times, each with a seed of its own; the first one keeps the prompt's."""
+        more = (replace(prompt, seed=prompt.seed + index, matcher=self._matcher(prompt)) for index in range(1, n))
+        return [prompt, *more]
+
     def request(self, prompt: Prompt, processor: LogitsProcessor | None = None) -> Request:
-        """Make the request that runs a prompt."""
+        """Make the request that runs a prompt.
+
+        The first one of a prompt finds its grammar prepared; any other, and that of a prompt from elsewhere, waits.
+        """
+        request = self._request(prompt, processor)
+        ready = prompt.matcher is not None and prompt.matcher.claim()
+        request.matcher = prompt.matcher if ready else self._matcher(prompt)
+        return request
+
+    def _matcher(self, prompt: Prompt) -> Matcher | None:
+        return None if prompt.params.grammar is None else self._grammars.matcher(prompt.params.grammar)
+
+    def _request(self, prompt: Prompt, processor: LogitsProcessor | None = None) -> Request:
         return Request(
             prompt.tokens,
             replace(prompt.params, logits_processor=processor),
@@ -104,8 +130,12 @@ class PromptMaker:
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         ids = check_ids(tokens, self._vocab_size, where)
         prompt = Prompt(ids, replace(params, logits_processor=None), seed, where)
-        self.request(prompt)  # the other checks are the request's own
-        return prompt
+        self._request(prompt)  # the other checks are the request's own
+        if params.grammar is None:
+            return prompt
+        with _named(where):
+            self._grammars.check(params.grammar)
+            return replace(prompt, matcher=self._matcher(prompt))
 
 
 def _stopping(params: SamplingParams, stop_tokens: Set[int]) -> SamplingParams:
@@ -118,5 +148,7 @@ def _named(where: str) -> Iterator[None]:
     """Say which of a call's prompts is refused."""
     try:
         yield
+    except GrammarError as error:
+        raise GrammarError(f"{where}: {error}") from error
     except PromptError as error:
         raise PromptError(f"{where}: {error}") from error

@@ -12,6 +12,7 @@ from typing import Literal
 
 from codellama.config import SamplingParams
 from codellama.errors import ContextLengthError, PromptError
+from codellama.generation.grammar import Matcher
 from codellama.tokenizer import TextDecoder, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -167,12 +168,14 @@ class Request:
     """A prompt, what is asked of it, and the state of its generation. The engine alone changes the state.
 
     Attributes:
+        matcher: where it stands in its grammar, if it has one.
+        counts: how often each id was generated; kept where a penalty asks for it.
         row: of the cache, once it has been given one.
         n_cached: tokens whose keys and values are there.
         n_reused: how many of them other requests had computed, in this row or in one that they were copied from.
 
     Raises:
-        PromptError: the prompt holds no ids, or ids outside the vocabulary.
+        PromptError: the prompt holds no ids, or it or logit_bias holds ids outside the vocabulary.
         ContextLengthError: it leaves no room to generate.
     """
 
@@ -184,7 +187,9 @@ class Request:
     text: GeneratedText | None = None
     where: str = "the prompt"
     on_delta: Callable[[Delta], None] | None = None
+    matcher: Matcher | None = None
 
+    counts: dict[int, int] = field(default_factory=dict, init=False)
     row: int | None = field(default=None, init=False)
     n_cached: int = field(default=0, init=False)
     n_reused: int = field(default=0, init=False)
@@ -196,6 +201,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.prompt = check_ids(self.prompt, self.vocab_size, self.where)
+        if self.params.logit_bias:
+            check_ids([id for id, _ in self.params.logit_bias], self.vocab_size, f"logit_bias of {self.where}")
         if len(self.prompt) > self.max_seq_len - (self.params.max_gen_len != 0):
             raise ContextLengthError(len(self.prompt), self.max_seq_len, self.where)
         room = self.max_seq_len - len(self.prompt)
@@ -224,6 +231,14 @@ class Request:
         looks_back = self.params.logits_processor is not None or self.params.repetition_penalty != 1
         return [*self.prompt, *self.output] if looks_back else []
 
+    def allowed(self) -> bytearray | None:
+        """One byte for each id, 0 where its grammar forbids it; None without a grammar.
+
+        Raises:
+            GrammarError: the grammar cannot be followed any further.
+        """
+        return self.matcher.allowed(self.params.stop_tokens) if self.matcher is not None else None
+
     def completion(self) -> Completion:
         """Return the result of a finished request."""
         assert self.finish_reason is not None, "the request is finished"
@@ -236,6 +251,10 @@ class Request:
             self.finish("stop")
             return
         self.output.append(token)
+        if self.params.presence_penalty or self.params.frequency_penalty:
+            self.counts[token] = self.counts.get(token, 0) + 1
+        if self.matcher is not None:
+            self.matcher.advance(token)
         if score is not None:
             self.scores.append(score)
         text = self.text.push(token) if self.text else ""
@@ -244,6 +263,8 @@ class Request:
             extra = len(self.output) - self.text.n_tokens
             del self.output[len(self.output) - extra :]
             del self.scores[len(self.scores) - (extra if score is not None else 0) :]
+            self.finish("stop", text)
+        elif self.matcher is not None and self.matcher.done:
             self.finish("stop", text)
         elif len(self.output) >= self.n_max:
             self.finish("length", text)

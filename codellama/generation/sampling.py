@@ -6,7 +6,7 @@ Shapes: V vocabulary, N positions of one request.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,23 +18,33 @@ _CANDIDATES = 256
 """top_p looks at so many most probable tokens first: sorting all 32,016 costs far more than choosing the top."""
 
 
-def sample(logits: Tensor, params: SamplingParams, uniform: float, ids: Sequence[int]) -> Tensor:
+def sample(
+    logits: Tensor,
+    params: SamplingParams,
+    uniform: float,
+    ids: Sequence[int],
+    counts: Mapping[int, int] | None = None,
+    allowed: bytearray | None = None,
+) -> Tensor:
     """Choose the next token.
 
-    The order is: logits_processor, repetition penalty, temperature, top_k, top_p, min_p; what remains is drawn by the
-    inverse of the cumulative distribution in the order of ids, which no neighbour and no batch can change.
+    The order is: logits_processor, repetition penalty, presence and frequency penalty, logit_bias, grammar,
+    temperature, top_k, top_p, min_p; what remains is drawn by the inverse of the cumulative distribution in the order
+    of ids, which no neighbour and no batch can change.
 
     Args:
         logits: float32 `[V]`; not changed.
         params: what the request asks for.
         uniform: a random number in [0, 1).
         ids: prompt and output so far.
+        counts: how often each id was generated.
+        allowed: one byte for each id, 0 where the grammar forbids it; None allows all.
 
     Returns:
         The id, int64 `[]`.
 
     Raises:
-        ValueError: the logits_processor returned something else than logits.
+        ValueError: the logits_processor returned something else than logits, or allows nothing that the grammar allows.
     """
     if params.logits_processor is not None:
         processed = params.logits_processor(ids, logits.clone())
@@ -46,6 +56,15 @@ def sample(logits: Tensor, params: SamplingParams, uniform: float, ids: Sequence
             raise ValueError("logits_processor returned no logit that is a number above -inf: it allows no token")
     if params.repetition_penalty != 1:
         logits = penalize(logits, params.repetition_penalty, ids)
+    if counts and (params.presence_penalty or params.frequency_penalty):
+        logits = penalize_generated(logits, params.presence_penalty, params.frequency_penalty, counts)
+    if params.logit_bias:
+        chosen, biases = zip(*params.logit_bias, strict=True)
+        logits = _add(logits, chosen, torch.tensor(biases, dtype=torch.float64))
+    if allowed is not None:
+        logits = logits.masked_fill(torch.frombuffer(allowed, dtype=torch.uint8).to(logits.device) == 0, -math.inf)
+        if params.logits_processor is not None and not logits.max() > -math.inf:
+            raise ValueError("logits_processor allows no token that the grammar allows")
     if params.greedy:
         return logits.argmax()
     # In float64, so that the smallest temperature does not divide 0 by 0; what equals the maximum may be +inf.
@@ -66,6 +85,18 @@ def penalize(logits: Tensor, penalty: float, ids: Sequence[int]) -> Tensor:
     seen = torch.tensor(sorted(set(ids)), device=logits.device)
     chosen = logits[seen].double()  # the product may leave float32's range
     return logits.index_copy(0, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty).float())
+
+
+def penalize_generated(logits: Tensor, presence: float, frequency: float, counts: Mapping[int, int]) -> Tensor:
+    """Subtract what was generated before: presence once, frequency as often as it was."""
+    times = torch.tensor(list(counts.values()), dtype=torch.float64)
+    return _add(logits, list(counts), -(presence + frequency * times))
+
+
+def _add(logits: Tensor, ids: Sequence[int], values: Tensor) -> Tensor:
+    """Add float64 values to the logits of some ids, each once."""
+    places = torch.tensor(ids, device=logits.device)
+    return logits.index_copy(0, places, (logits[places].double() + values.to(logits.device)).float())
 
 
 def keep_top_k(probs: Tensor, top_k: int | None) -> Tensor:

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
-from codellama.config import SamplingParams
+from codellama.config import Grammar, SamplingParams
 from codellama.errors import PromptError
 from codellama.generation.prompt import Prompt, PromptMaker
 from codellama.generation.request import Delta, TokenScore
 from codellama.server.answers import Json, split_lines
-from codellama.server.schemas import GenerationRequest, split_markers
+from codellama.server.schemas import Bias, GenerationRequest, split_markers
 from codellama.tokenizer import Tokenizer
 
 Mixed = list[int | str]
@@ -25,12 +25,25 @@ def _aliases(name: str, *others: str) -> Any:
     return AliasChoices(name, *others)
 
 
+def _as_object(value: Any) -> Any:
+    """Write pairs of an id and its bias as OpenAI does; false is the lowest bias."""
+    if isinstance(value, list):
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+            raise ValueError("a list of pairs was expected, each of an id and its bias")
+        value = {str(id): bias for id, bias in value}
+    if isinstance(value, dict):
+        return {id: -100.0 if bias is False else bias for id, bias in value.items()}
+    return value
+
+
 class LlamaCppRequest(GenerationRequest):
     """POST /completion.
 
     Attributes:
         prompt: a text, token ids, both mixed in a list, or a list of such prompts.
         max_tokens: llama.cpp says n_predict; negative is all that the context leaves.
+        logit_bias: pairs of an id and its bias, where false forbids the id; or an object of the same.
+        json_schema: what the text must satisfy.
         n_probs: rivals to report at each place; 0 reports nothing.
         return_tokens: also return the ids.
     """
@@ -42,6 +55,8 @@ class LlamaCppRequest(GenerationRequest):
         BeforeValidator(lambda value: 1.0 if value is None else value),
         Field(ge=0.01, le=100, allow_inf_nan=False, validation_alias=_aliases("repeat_penalty", "repetition_penalty")),
     ] = 1.0
+    logit_bias: Annotated[dict[str, Bias] | None, BeforeValidator(_as_object)] = None
+    json_schema: dict[str, Any] | bool | None = None
     n_probs: Annotated[int, BeforeValidator(lambda value: value or 0), Field(ge=0, le=20)] = 0
     return_tokens: Annotated[bool, BeforeValidator(lambda value: value or False)] = False
 
@@ -61,12 +76,14 @@ class LlamaCppRequest(GenerationRequest):
         Raises:
             PromptError: ids outside the vocabulary, a model that cannot infill; ContextLengthError: too long.
         """
-        params = self._params()
+        params = self._params(tokenizer)
         many: Sequence[Any] = self.prompt if self.is_batch else [self.prompt]
         return [self._one(item, params, maker, tokenizer, f"prompt {index}") for index, item in enumerate(many)]
 
-    def _params(self) -> SamplingParams:
-        params = self.params(self.max_tokens, self.n_probs or None)
+    def _params(self, tokenizer: Tokenizer) -> SamplingParams:
+        params = self.params(tokenizer.n_words, self.max_tokens, self.n_probs or None)
+        if self.json_schema is not None:
+            params = replace(params, grammar=Grammar.json_schema(self.json_schema))
         return replace(params, seed=None) if params.seed == -1 else params  # llama.cpp's word for any seed
 
     def _one(
@@ -114,7 +131,7 @@ class InfillRequest(LlamaCppRequest):
         if not isinstance(self.prompt, str):
             raise PromptError("the prompt of /infill is a list; the text that the middle begins with was expected")
         files = "".join(f"{file.text}\n" for file in self.input_extra or ())
-        prompt = maker.gap(files + self.input_prefix, self.input_suffix, self._params())
+        prompt = maker.gap(files + self.input_prefix, self.input_suffix, self._params(tokenizer))
         if not self.prompt:
             return [prompt]
         begun = [*prompt.tokens, *tokenizer.encode_infilling(self.prompt)]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from codellama.errors import NumericalError
+from codellama.errors import GrammarError, NumericalError
 from codellama.generation.prompt import Prompt
 from codellama.generation.request import Delta, Request
 from codellama.server.access import RECORD
@@ -135,7 +135,7 @@ class Run:
         if delta.finish_reason is not None:
             self._open -= 1
         if delta.finish_reason == "error":
-            known = isinstance(delta.error, NumericalError)
+            known = isinstance(delta.error, NumericalError | GrammarError)
             raise BrokenAnswerError(str(delta.error) if known else "the model failed; the server's log says why")
         if delta.finish_reason == "cancelled":
             raise BrokenAnswerError("the server was stopped before the answer was done")

@@ -3,14 +3,15 @@
 It knows nothing of HTTP, of the engine, or of torch. What is not named here is ignored; docs/server.md lists it.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from codellama.config import SamplingParams
-from codellama.errors import PromptError
+from codellama.config import Grammar, SamplingParams
+from codellama.errors import GrammarError, PromptError
 from codellama.generation.prompt import Prompt, PromptMaker
 from codellama.server.dialogs import ChatMessage, normalize_dialog
 from codellama.tokenizer import Tokenizer
@@ -18,13 +19,16 @@ from codellama.tokenizer import Tokenizer
 TEMPERATURE, TOP_P = 0.2, 0.95  # where a client asks for none: what code is sampled with, not prose
 MAX_TOKENS = 16  # of a completion; a chat's answer may fill the context
 MAX_STOPS = 64
+MAX_BIASES = 1024
 
+_ID = re.compile("[0-9]{1,9}")
 _PRE, _SUF, _MID = "<PRE>", "<SUF>", "<MID>"
 
 
 # A list is refused at its first wrong item: to describe a million wrong ones takes the event loop 20 seconds.
 Ids = Annotated[list[int], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
 def _no_null(default: Any) -> BeforeValidator:
@@ -38,12 +42,40 @@ class StreamOptions(BaseModel):
     include_usage: Annotated[bool, _no_null(False)] = False
 
 
+class JsonSchema(BaseModel):
+    """A schema with OpenAI's wrapping; a name, a description and strict are accepted and change nothing."""
+
+    schema_: Annotated[dict[str, Any] | bool, Field(alias="schema"), _no_null(True)] = True
+
+
+class ResponseFormat(BaseModel):
+    """What form an answer must have; text is any."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def grammar(self) -> Grammar | None:
+        """Say it in our words.
+
+        Raises:
+            GrammarError: the schema is missing or too large.
+        """
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return Grammar.json_object()
+        if self.json_schema is None:
+            raise GrammarError("response_format has no json_schema; with type json_schema one was expected")
+        return Grammar.json_schema(self.json_schema.schema_)
+
+
 class GenerationRequest(BaseModel):
     """The fields that chats and completions share.
 
     Attributes:
         top_k: 0 and -1 keep all.
         seed: makes the answer repeat; the n answers of one request have different ones.
+        logit_bias: keys that are no ids of the vocabulary are ignored.
         max_tokens: clamped to what the context leaves; negative is all of it.
     """
 
@@ -55,6 +87,10 @@ class GenerationRequest(BaseModel):
     top_k: Annotated[int, _no_null(0), Field(ge=-1)] = 0
     min_p: Annotated[float, _no_null(0.0), Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     repetition_penalty: Annotated[float, _no_null(1.0), Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
+    presence_penalty: Annotated[float, _no_null(0.0), Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
+    frequency_penalty: Annotated[float, _no_null(0.0), Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
+    logit_bias: dict[str, Bias] | None = None
+    response_format: ResponseFormat | None = None
     stop: str | Texts | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     max_tokens: int | None = None
@@ -69,26 +105,37 @@ class GenerationRequest(BaseModel):
         """How many prompts `prompts` makes, known before it makes them."""
         return self.n
 
-    def params(self, max_gen_len: int | None, top_logprobs: int | None, echo: bool = False) -> SamplingParams:
+    def params(
+        self, vocab_size: int, max_gen_len: int | None, top_logprobs: int | None, echo: bool = False
+    ) -> SamplingParams:
         """Say it in our words.
 
         Args:
+            vocab_size: ids from there on have no bias.
             max_gen_len: None or negative is as much as the context holds.
             top_logprobs: None is no log-probabilities at all, 0 only those of the tokens themselves.
             echo: score the prompt, too, where log-probabilities are asked for.
 
         Raises:
-            PromptError: too many stop strings.
+            PromptError: too many stop strings, or biases; GrammarError: no schema where one is announced.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MAX_STOPS:
             raise PromptError(f"stop has {len(stop)} strings; at most {MAX_STOPS} are possible")
+        biases = self.logit_bias or {}
+        if len(biases) > MAX_BIASES:
+            raise PromptError(f"logit_bias has {len(biases)} keys; at most {MAX_BIASES} are possible")
+        ids = {int(key): value for key, value in biases.items() if _ID.fullmatch(key)}
         return SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k if self.top_k > 0 else None,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((id, value) for id, value in ids.items() if id < vocab_size),
+            grammar=self.response_format.grammar() if self.response_format is not None else None,
             max_gen_len=None if max_gen_len is None or max_gen_len < 0 else max_gen_len,
             stop=tuple(filter(None, stop)),
             seed=self.seed,
@@ -96,10 +143,6 @@ class GenerationRequest(BaseModel):
             top_logprobs=top_logprobs or 0,
             echo=echo and top_logprobs is not None,
         )
-
-    def alternatives(self, prompt: Prompt) -> Iterator[Prompt]:
-        """Repeat a prompt n times, each with a seed of its own; the first one keeps the prompt's."""
-        return (replace(prompt, seed=prompt.seed + index) for index in range(self.n))
 
 
 class ChatRequest(GenerationRequest):
@@ -117,8 +160,9 @@ class ChatRequest(GenerationRequest):
             PromptError: the messages are no chat, or hold tags of the chat format; ContextLengthError: too long.
         """
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        params = self.params(limit, self.top_logprobs if self.logprobs else None)
-        return list(self.alternatives(maker.chat(normalize_dialog(self.messages), params, where="the chat")))
+        params = self.params(tokenizer.n_words, limit, self.top_logprobs if self.logprobs else None)
+        prompt = maker.chat(normalize_dialog(self.messages), params, where="the chat")
+        return maker.alternatives(prompt, self.n)
 
 
 class CompletionRequest(GenerationRequest):
@@ -147,7 +191,7 @@ class CompletionRequest(GenerationRequest):
             PromptError: ids outside the vocabulary, a model that cannot infill; ContextLengthError: too long.
         """
         limit = MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        params = self.params(limit, self.logprobs, self.echo)
+        params = self.params(tokenizer.n_words, limit, self.logprobs, self.echo)
         made: list[Prompt] = []
         for index, item in enumerate(self._items()):
             where = f"prompt {index}"
@@ -157,14 +201,14 @@ class CompletionRequest(GenerationRequest):
                     prompt = maker.gap(prefix, suffix, params, where=where)
                 else:
                     prompt = maker.text(item, params, where)
-                made += self.alternatives(prompt)
+                made += maker.alternatives(prompt, self.n)
                 continue
             if self.suffix is not None:
                 raise PromptError(f"{where} is token ids; with a suffix, a text was expected")
             until_eos = replace(params, stop_tokens=frozenset({tokenizer.eos_id}))
             prompt = maker.ids(item, until_eos, where)
             prompt = replace(prompt, before=tokenizer.decode(prompt.tokens))
-            made += self.alternatives(prompt)
+            made += maker.alternatives(prompt, self.n)
         return made
 
     def _items(self) -> Sequence[str | list[int]]:

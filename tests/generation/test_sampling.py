@@ -4,13 +4,15 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from codellama.config import SamplingParams
-from codellama.generation.sampling import penalize, sample, score
+from codellama.generation.sampling import penalize, penalize_generated, sample, score
 
 DRAWS = 20_000
 ALMOST_1 = 0.9999999999999999  # the largest number below 1
@@ -222,6 +224,49 @@ def test_logits_processor_comes_first_and_sees_the_ids() -> None:
     params = SamplingParams(logits_processor=processor, repetition_penalty=2.0)
     assert draw(torch.tensor([9.0, 0.0, 0.0]), params, 0.5, [1, 1]) == 2, "8 of token 1 became 4"
     assert seen == [([1, 1], [9.0, 0.0, 0.0])]
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(0.7, 0.0), (0.0, -1.25), (2.0, 0.5)])
+def test_penalties_of_what_was_generated(presence: float, frequency: float) -> None:
+    """Each logit by the definition, and nothing else; the prompt does not count."""
+    logits = random_logits(50, seed=8)
+    counts = {3: 1, 49: 6, 0: 2}
+    expected = [
+        value - (presence + frequency * counts[id] if id in counts else 0) for id, value in enumerate(logits.tolist())
+    ]
+    before = logits.clone()
+    assert penalize_generated(logits, presence, frequency, counts).tolist() == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(logits, before)
+    params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
+    assert int(sample(logits, params, 0.5, [1, 2, 3], counts)) == max(range(50), key=lambda id: expected[id])
+
+
+def test_the_order_of_what_changes_logits() -> None:
+    """The penalties multiply before they subtract, then comes the bias, and the grammar has the last word."""
+    logits = torch.tensor([2.0, 1.9, 1.0, 0.0])
+    params: dict[str, Any] = {"repetition_penalty": 2.0, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    # 0: 2/2 - 0.5 - 2·0.25 = 0; 1: 1.9; 2: 1; 3: 0
+    assert int(sample(logits, SamplingParams(**params), 0.5, [0], {0: 2})) == 1
+    for bias, expected in ((1.89, 1), (1.91, 0)):
+        biased = SamplingParams(**params, logit_bias={0: bias})
+        assert int(sample(logits, biased, 0.5, [0], {0: 2})) == expected
+    biased = SamplingParams(**params, logit_bias={1: 100, 0: -100})
+    for temperature in (0.0, 1.0):
+        chosen = replace(biased, temperature=temperature)
+        assert int(sample(logits, chosen, 1 - 1e-9, [0], {0: 2}, bytearray([1, 0, 0, 0]))) == 0
+
+
+def test_a_masked_distribution_is_the_rest_in_proportion() -> None:
+    params = SamplingParams(temperature=1.0)
+    logits = random_logits(12, seed=9)
+    allowed = bytearray(id % 3 == 1 for id in range(12))
+    weights = [math.exp(value) * allowed[id] for id, value in enumerate(logits.tolist())]
+    rng = random.Random(3)
+    counts = Counter(int(sample(logits, params, rng.random(), [], None, allowed)) for _ in range(DRAWS))
+    assert counts.keys() == {1, 4, 7, 10}
+    for id, weight in enumerate(weights):
+        share = weight / sum(weights)
+        assert counts[id] / DRAWS == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / DRAWS))
 
 
 @pytest.mark.parametrize(

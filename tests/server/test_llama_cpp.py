@@ -117,3 +117,14 @@ def test_infilling(client: TestClient, service: ScriptedService, tokenizer: Toke
     ]  # fmt: skip
     assert plain.params.stop_tokens == begun.params.stop_tokens == {tokenizer.eot_id, tokenizer.eos_id}
     assert client.post("/infill", json={"input_prefix": "a"}).status_code == 400
+
+
+def test_biases_and_schemas(client: TestClient, service: ScriptedService) -> None:
+    sent = {"prompt": "x", "logit_bias": [[5, 1.5], ["6", False], [10**6, 1]], "json_schema": {"type": "integer"}}
+    assert client.post("/completion", json=sent).status_code == 200
+    (prompt,) = service.submitted
+    assert dict(prompt.params.logit_bias) == {5: 1.5, 6: -100}
+    assert prompt.params.grammar is not None
+    assert "integer" in prompt.params.grammar.source
+    refused = client.post("/completion", json={"prompt": "x", "logit_bias": [[5]]})
+    assert "pairs" in refused.json()["error"]["message"]

@@ -1,8 +1,10 @@
 """From OpenAI's words to prompts: the same ids as the library makes, and the parameters that were asked for."""
 
 import pytest
+from pydantic import ValidationError
 
-from codellama.errors import PromptError
+from codellama.config import Grammar
+from codellama.errors import GrammarError, PromptError
 from codellama.generation.prompt import PromptMaker
 from codellama.prompts import dialog_prompt_tokens, infilling_prompt_tokens
 from codellama.server.schemas import ChatRequest, CompletionRequest, split_markers
@@ -67,6 +69,54 @@ def test_a_chat_asks_as_the_library_does(maker: PromptMaker, tokenizer: Tokenize
     assert (params.stop, params.max_gen_len, params.top_k, params.min_p) == (("\n",), 7, None, 0.25)
     assert (params.repetition_penalty, params.temperature, params.top_p) == (1.5, 0.5, 0.95)
     assert (params.logprobs, params.top_logprobs, prompt.seed, prompt.strip) == (True, 2, 3, True)
+
+
+def test_penalties_and_biases(maker: PromptMaker, tokenizer: Tokenizer) -> None:
+    last = tokenizer.n_words - 1
+    biases = {
+        "foo": 0,
+        str(last): -100,
+        str(last + 1): 1,
+        "-1": 1,
+        "1e1": 1,
+        "\N{SUPERSCRIPT TWO}": 1,
+        "9" * 5000: 1,
+        "4": 2.5,
+    }
+    body = CompletionRequest(prompt="a", presence_penalty=-2, frequency_penalty=1.5, logit_bias=biases)
+    (prompt,) = body.prompts(maker, tokenizer)
+    params = prompt.params
+    assert params.logit_bias == ((4, 2.5), (last, -100.0))
+    assert (params.presence_penalty, params.frequency_penalty) == (-2, 1.5)
+    for wrong in ({"logit_bias": {"1": 101}}, {"presence_penalty": 2.1}, {"frequency_penalty": -3}):
+        with pytest.raises(ValidationError):
+            CompletionRequest.model_validate({"prompt": "a", **wrong})
+    with pytest.raises(PromptError, match="at most 1024"):
+        CompletionRequest(prompt="a", logit_bias={str(id): 0 for id in range(1025)}).prompts(maker, tokenizer)
+
+
+def test_formats_of_an_answer(maker: PromptMaker, tokenizer: Tokenizer) -> None:
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    wrapped = {"name": "n", "strict": True, "description": "d", "schema": schema}
+    for sent, expected in (
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, Grammar.json_object()),
+        ({"type": "json_schema", "json_schema": wrapped}, Grammar.json_schema(schema)),
+        ({"type": "json_schema", "json_schema": {"name": "n"}}, Grammar.json_schema(True)),
+    ):
+        body = {"messages": [{"role": "user", "content": "u"}], "n": 3, "response_format": sent}
+        made = ChatRequest.model_validate(body).prompts(maker, tokenizer)
+        assert [prompt.params.grammar for prompt in made] == [expected] * 3
+        matchers = {id(prompt.matcher) for prompt in made}
+        assert len(matchers) == (1 if expected is None else 3)  # one for each request, prepared off the event loop
+    for sent, reason in (
+        ({"type": "json_schema"}, "one was expected"),
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "frob"}}}, "Invalid type: frob"),
+        ({"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}}, "at most 65536"),
+    ):
+        with pytest.raises(GrammarError, match=reason):
+            CompletionRequest.model_validate({"prompt": "a", "response_format": sent}).prompts(maker, tokenizer)
 
 
 def test_lengths_where_none_is_asked_for(maker: PromptMaker, tokenizer: Tokenizer) -> None:
