@@ -84,8 +84,8 @@ def main() -> None:
     def work() -> None:
         try:
             follow(prepare(source, LLTokenizer(TokenizerWrapper(Bytes()))))
-        except ValueError as error:
-            found.append(str(error))
+        except BaseException as error:  # a panic of llguidance is none of Exception's
+            found.append(str(error) if isinstance(error, ValueError) else f"llguidance fails: {plain(str(error))}")
 
     threading.stack_size(STACK)
     thread = threading.Thread(target=work)
