@@ -105,9 +105,9 @@ def _routes(service: Service, model_id: str, max_queue: int) -> APIRouter:
         tokenizer = service.tokenizer
         # Texts may be long: the event loop has other clients meanwhile.
         make: Callable[..., Any] = body.prompts
+        if body.n_answers > admission.limit:  # before each of them prepares a grammar
+            raise PromptError(f"the request asks for {body.n_answers} answers; at most {admission.limit} are possible")
         prompts = await run_in_threadpool(make, service.prompts, tokenizer)
-        if len(prompts) > admission.limit:
-            raise PromptError(f"the request asks for {len(prompts)} answers; at most {admission.limit} are possible")
         answer = Answer(
             prompts, tokenizer, model_id, chat=chat, n=body.n, echo=echo, include_usage=body.include_usage
         )  # fmt: skip

@@ -90,6 +90,11 @@ class GenerationRequest(BaseModel):
     max_tokens: int | None = None
 
     @property
+    def n_answers(self) -> int:
+        """How many answers are asked for."""
+        return self.n
+
+    @property
     def include_usage(self) -> bool:
         """True where a stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -194,6 +199,11 @@ class CompletionRequest(GenerationRequest):
             prompt = replace(prompt, before=tokenizer.decode(prompt.tokens))
             made += maker.alternatives(prompt, self.n)
         return made
+
+    @property
+    def n_answers(self) -> int:
+        """How many answers are asked for, of all prompts together."""
+        return self.n * len(self._items())
 
     def _items(self) -> Sequence[str | list[int]]:
         """The prompts as a list."""
