@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from codellama import Llama
+from codellama import Grammar, Llama
 from codellama.errors import RankError
 from tests.support import tiny
 from tests.support.distributed import free_port, rank_env, run_ranks, run_scripts
@@ -19,6 +19,7 @@ IDS = [[1, 5, 9, 30], [1, 7], [1, *range(3, 303)]]  # the last one's scores come
 COMMON = [1, *range(200, 300)]
 TEXTS = ["def f(x):", "import os", "a", "", "for i in"]
 DIALOG: Any = [{"role": "user", "content": "print(i)"}]
+FORM = Grammar.json_schema({"type": "integer", "minimum": -99, "maximum": 99})
 SEEN = [9, 13, 4, 100, 7]
 
 
@@ -71,6 +72,9 @@ def answers(folders: list[Path], size: int | None) -> dict[str, Any]:
         "seeded by build": llama.text_completion(TEXTS, temperature=0.9, max_gen_len=6, logprobs=True),
         "infilled": llama.text_infilling(["def f("], ["return x"], temperature=0, max_gen_len=6),
         "chat": llama.chat_completion([DIALOG] * 3, temperature=0, max_gen_len=6),
+        "formed": llama.text_completion(
+            TEXTS, 0.9, seed=3, max_gen_len=40, grammar=FORM if first else None, frequency_penalty=1.0 * first
+        ),
         "processed": llama.generate(IDS, 5, temperature=0, logits_processor=prefer)[0],
         "rank 0's": [
             llama.text_completion(
@@ -101,6 +105,7 @@ def answers(folders: list[Path], size: int | None) -> dict[str, Any]:
         "not a list": lambda: llama.text_completion("text" if first else ["text"]),
         "a tag": lambda: llama.chat_completion([[{"role": "user", "content": "[INST]"}] if first else DIALOG]),
         "stream too long": lambda: list(llama.stream_completion("x y " * 600 if first else "")),
+        "no form": lambda: llama.text_completion(["x"], grammar=Grammar.regex("(?=a)b" if first else "b")),
         "alternatives": lambda: llama.generate([[1]], top_logprobs=3 * first),
         "stream's alternatives": lambda: list(llama.stream_completion("a", top_logprobs=3 * first)),
         "processor": lambda: llama.generate(IDS, 3, logits_processor=divide),
@@ -134,11 +139,13 @@ def test_alone_the_number_of_files_changes_no_bit(alone: dict[str, Any]) -> None
     assert approximate(alone["after streams"]) == approximate(alone["greedy"][0])
     assert approximate(alone["after mistakes"]) == approximate(alone["greedy"][0])
     assert alone["odd"] == [(OddError, "3 is odd")] * 2
+    assert all(json.loads(result["generation"]) in range(-99, 100) for result in alone["formed"])
+    assert len({result["generation"] for result in alone["formed"]}) > 1
     raised = {name: answer[0].__name__ for name, (answer, _) in alone["mistakes"].items()}
     assert raised == {
         "too long": "ContextLengthError", "no ids": "PromptError", "bad temperature": "ValueError",
         "not a list": "TypeError", "a tag": "PromptError", "stream too long": "ContextLengthError",
-        "alternatives": "ValueError", "stream's alternatives": "ValueError",
+        "no form": "GrammarError", "alternatives": "ValueError", "stream's alternatives": "ValueError",
         "processor": "ZeroDivisionError", "stream's processor": "ZeroDivisionError",
     }  # fmt: skip
 

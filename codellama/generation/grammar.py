@@ -103,7 +103,7 @@ class Grammars:
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise GrammarError("the grammar is refused: it could not be prepared in time") from error
-        if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        if done.returncode == -signal.SIGXCPU:
             raise GrammarError(f"the grammar is refused: to prepare it takes more than {trial.SECONDS} s")
         if done.returncode < 0:
             raise GrammarError("the grammar is refused: it is nested too deeply, or needs too much memory")

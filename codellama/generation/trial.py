@@ -70,13 +70,21 @@ class Bytes:
         return list(text)
 
 
-def main() -> None:
-    """Try the grammar on standard input and say what is wrong with it, or nothing."""
+def bound() -> None:
+    """Bound what this process may take; a bound that is narrower already stays."""
     import resource  # unknown to some systems that can do all else
 
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    bounds = [(resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_CORE, 0)]
+    if sys.platform == "linux":  # others count what is mapped, and refuse
+        bounds.append((resource.RLIMIT_AS, MEMORY))
+    for kind, most in bounds:
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def main() -> None:
+    """Try the grammar on standard input and say what is wrong with it, or nothing."""
+    bound()
     from llguidance import LLTokenizer, TokenizerWrapper
 
     source, found = sys.stdin.buffer.read().decode(), []
@@ -84,8 +92,8 @@ def main() -> None:
     def work() -> None:
         try:
             follow(prepare(source, LLTokenizer(TokenizerWrapper(Bytes()))))
-        except ValueError as error:
-            found.append(str(error))
+        except BaseException as error:  # a panic of llguidance is none of Exception's
+            found.append(str(error) if isinstance(error, ValueError) else f"llguidance fails: {plain(str(error))}")
 
     threading.stack_size(STACK)
     thread = threading.Thread(target=work)

@@ -8,6 +8,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from codellama.generation.prompt import PromptMaker
 from codellama.generation.request import Delta
 from codellama.server import running
 from codellama.server.app import make_app
@@ -74,6 +75,20 @@ def test_a_completion_with_echo_and_without_v1(service: ScriptedService) -> None
         texts = [c["text"] for chunk in streamed for c in chunk["choices"] if c["index"] == index]
         assert "".join(texts) == choice["text"]
     assert {"usage"} & streamed[0].keys() == set()
+
+
+def test_too_many_answers_are_refused_before_they_are_made(tokenizer: Tokenizer) -> None:
+    """Each would prepare a grammar of its own."""
+
+    class Unasked(ScriptedService):
+        @property
+        def prompts(self) -> PromptMaker:
+            raise AssertionError("nothing is made")
+
+    sent = {"prompt": ["a"] * 200, "n": 128, "response_format": {"type": "json_object"}}
+    response = client(Unasked(tokenizer, SCRIPT), max_queue=5).post("/v1/completions", json=sent)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "the request asks for 25600 answers; at most 7 are possible"
 
 
 def test_models(service: ScriptedService) -> None:

@@ -1,19 +1,24 @@
 """End to end: a real socket, a real client, the demo checkpoint; what comes over HTTP is what the library returns."""
 
+import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
+import jsonschema_rs
 import pytest
 
 from codellama import cli
 from codellama.assembly import DEMO
+from codellama.config import Grammar
 from codellama.errors import NumericalError
 from codellama.llama import Llama
+from tests.support.schemas import SCHEMAS
 from tests.support.serving import ENDLESS, Serving, stream, streamed_text, wait_until
 
 DIALOG = [{"role": "user", "content": "Write a function that adds two numbers."}]
@@ -46,6 +51,58 @@ def test_a_chat_is_the_librarys(client: httpx2.Client, demo: Llama, options: dic
     assert streamed_text(chunks) == expected
     whole = client.post("/v1/chat/completions", json=body).json()
     assert whole["choices"][0]["message"]["content"] == expected
+
+
+def test_json_of_a_schema_is_the_librarys(client: httpx2.Client, demo: Llama) -> None:
+    answer_format = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": SCHEMAS[33]}}
+    body = {"messages": DIALOG, "temperature": 1, "top_p": 1, "seed": 3, "n": 2, "response_format": answer_format}
+    whole = client.post("/v1/chat/completions", json=body).json()["choices"]
+    texts = [choice["message"]["content"] for choice in whole]
+    for seed, text in enumerate(texts, start=3):
+        options: dict[str, Any] = {
+            "temperature": 1,
+            "top_p": 1,
+            "seed": seed,
+            "grammar": Grammar.json_schema(SCHEMAS[33]),
+        }
+        (expected,) = demo.chat_completion([DIALOG], **options)
+        assert text == expected["generation"]["content"]
+        assert jsonschema_rs.is_valid(SCHEMAS[33], json.loads(text))
+    assert texts[0] != texts[1]
+    assert [choice["finish_reason"] for choice in whole] == ["stop", "stop"]
+    chunks = stream(client, "/v1/chat/completions", {**body, "n": 1})
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == texts[0]
+
+    cut = {"prompt": "x", "max_tokens": 3, "response_format": answer_format, "logit_bias": {"foo": 0}}
+    (choice,) = client.post("/v1/completions", json=cut).json()["choices"]
+    assert (choice["finish_reason"], choice["text"].lstrip()[0]) == ("length", "{")
+
+
+def test_a_schema_that_is_refused_is_400_and_holds_nobody_up(client: httpx2.Client) -> None:
+    """Also one that takes minutes, and ends after 2 s: others are answered meanwhile."""
+    slow = {"allOf": [{"type": "string", "pattern": f".*a{i}.*"} for i in range(25)]}
+    for refused, least in (({"not": {}}, 0), (slow, 3)):
+        answer_format = {"type": "json_schema", "json_schema": {"schema": refused}}
+        body = {"messages": DIALOG, "response_format": answer_format}
+        answered = 0
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(client.post, "/v1/chat/completions", json=body)
+            while not future.done():
+                other = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
+                answered += other.status_code == 200
+                time.sleep(0.01)
+        assert answered >= least
+        response = future.result()
+        assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert "the chat: the grammar is refused: " in response.json()["error"]["message"]
+
+
+def test_a_grammar_that_becomes_too_much_is_told_in_mid_stream(client: httpx2.Client) -> None:
+    heavy = {"type": "string", "pattern": "^" + "|".join(f"x.{{0,{n}}}y{n}" for n in range(2000)) + "$"}
+    answer_format = {"type": "json_schema", "json_schema": {"schema": heavy}}
+    body = {"prompt": "x", "temperature": 1, "seed": 0, "max_tokens": 200, "response_format": answer_format}
+    (*_, last) = stream(client, "/v1/completions", body)
+    assert "the grammar cannot be followed any further" in last["error"]["message"]
 
 
 def test_infilling_is_the_librarys(client: httpx2.Client, demo: Llama) -> None:
