@@ -44,6 +44,26 @@ class TextStream(Iterator[str]):
             self._pieces.close()
 
 
+StreamRef = weakref.ref[TextStream]
+
+
+class OpenStreams:
+    """The streams of one generator that may still be open; it keeps none of them alive."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
+
+    def add(self, stream: TextStream) -> None:
+        """Remember a stream."""
+        self._streams.add(stream)
+
+    def close(self) -> None:
+        """End those that are still open."""
+        for stream in list(self._streams):
+            stream.close()
+
+
 class Turns:
     """A lock that knows who holds it."""
 
@@ -88,8 +108,8 @@ class Turns:
         if stream is not None and not stream.running:
             raise RuntimeError("this thread has an open stream of this generator: exhaust it or close() it first")
         raise RuntimeError(
-            "this thread is inside a call of this generator, which would wait for itself: a logits_processor cannot "
-            "generate with the generator that calls it"
+            "this thread is inside a call of this generator, which would wait for itself: a logits_processor or a "
+            "safety hook cannot generate with the generator that calls it"
         )
 
     def _free_orphan(self) -> None:

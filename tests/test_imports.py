@@ -18,6 +18,7 @@ TORCH_FREE = (
     "codellama.tokenizer",
     "codellama.prompts",
     "codellama.memory",
+    "codellama.safety",
     "codellama.generation.request",
     "codellama.generation.prompt",
     "codellama.generation.scheduler",
@@ -31,6 +32,7 @@ TORCH_FREE = (
     "codellama.server.faults",
     "codellama.server.service",
     "codellama.server.address",
+    "codellama.server.safety",
 )
 # One fresh interpreter; each import happens in a fork of it, so that none is helped by the one before.
 PROGRAM = """

@@ -27,6 +27,7 @@ class Prompt:
         where: what an error message calls it.
         before: the text that the generated one continues; after: the text that it leads to. For results.
         strip: drop white space around the generated text.
+        dialog: the chat that is answered; empty where it is none.
     """
 
     tokens: list[int]
@@ -36,6 +37,7 @@ class Prompt:
     before: str = ""
     after: str = ""
     strip: bool = False
+    dialog: Dialog = ()
 
 
 class PromptMaker:
@@ -81,7 +83,8 @@ class PromptMaker:
         chat = format_for(self._tokenizer)
         with _named(where):
             tokens = chat.encode_dialog(dialog, allow_tags)
-        return replace(self._checked(tokens, _stopping(params, chat.stop_tokens()), where), strip=True)
+        checked = self._checked(tokens, _stopping(params, chat.stop_tokens()), where)
+        return replace(checked, strip=True, dialog=dialog)
 
     def request(self, prompt: Prompt, processor: LogitsProcessor | None = None) -> Request:
         """Make the request that runs a prompt."""

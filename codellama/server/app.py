@@ -12,16 +12,23 @@ from starlette.requests import Request as HttpRequest
 
 from codellama import __version__
 from codellama.errors import CodeLlamaError, PromptError
+from codellama.safety import SafetyHook
 from codellama.server.answers import Answer, Json
 from codellama.server.faults import fault_response, tell
 from codellama.server.guard import MAX_BODY, Guard
 from codellama.server.running import Admission, Run, Running
+from codellama.server.safety import SafeService
 from codellama.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from codellama.server.service import Service
 
 
 def make_app(
-    service: Service, model_id: str, api_key: str | None = None, max_queue: int = 64, max_body: int = MAX_BODY
+    service: Service,
+    model_id: str,
+    api_key: str | None = None,
+    max_queue: int = 64,
+    max_body: int = MAX_BODY,
+    safety: SafetyHook | None = None,
 ) -> FastAPI:
     """Make the ASGI app.
 
@@ -30,12 +37,13 @@ def make_app(
         api_key: what clients must bring; None asks for nothing.
         max_queue: prompts that may wait, beside those that run; more are answered with 503.
         max_body: bytes of a request's body.
+        safety: reads prompts and answers before anybody else; docs/safety.md.
     """
     app = FastAPI(title="codellama", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, api_key=api_key, max_body=max_body)
     for kind in (CodeLlamaError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _tell)
-    routes = _routes(service, model_id, max_queue)
+    routes = _routes(service, model_id, max_queue, safety)
     app.include_router(routes, prefix="/v1")
     app.include_router(routes, include_in_schema=False)
 
@@ -68,7 +76,7 @@ def make_app(
     return app
 
 
-def _routes(service: Service, model_id: str, max_queue: int) -> APIRouter:
+def _routes(service: Service, model_id: str, max_queue: int, safety: SafetyHook | None) -> APIRouter:
     """Make the routes that exist with and without /v1."""
     router = APIRouter()
     status = service.status()
@@ -111,7 +119,8 @@ def _routes(service: Service, model_id: str, max_queue: int) -> APIRouter:
         answer = Answer(
             prompts, tokenizer, model_id, chat=chat, n=body.n, echo=echo, include_usage=body.include_usage
         )  # fmt: skip
-        return Running(Run(service, admission, prompts), answer, stream=body.stream)
+        read: Service = service if safety is None else SafeService(service, safety, stream=body.stream)
+        return Running(Run(read, admission, prompts), answer, stream=body.stream)
 
     return router
 

@@ -14,10 +14,10 @@ from starlette.types import Receive, Scope, Send
 
 from codellama.errors import NumericalError
 from codellama.generation.prompt import Prompt
-from codellama.generation.request import Delta, Request
+from codellama.generation.request import Delta
 from codellama.server.answers import Answer
 from codellama.server.faults import BrokenAnswerError, BusyError, error_body, tell
-from codellama.server.service import Service
+from codellama.server.service import Handle, Service
 
 KEEP_ALIVE = 5.0  # seconds of silence after which a comment shows that somebody is still there
 
@@ -60,7 +60,7 @@ class Run:
         self._loop = asyncio.get_running_loop()
         self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self._open = len(prompts)
-        self._handles: list[Request] = []
+        self._handles: list[Handle] = []
         try:
             for index, prompt in enumerate(prompts):
                 self._handles.append(service.submit(prompt, partial(self._receive, index)))
@@ -88,7 +88,7 @@ class Run:
         if delta.finish_reason is not None:
             self._open -= 1
         if delta.finish_reason == "error":
-            known = isinstance(delta.error, NumericalError)
+            known = isinstance(delta.error, NumericalError | BrokenAnswerError)
             raise BrokenAnswerError(str(delta.error) if known else "the model failed; the server's log says why")
         if delta.finish_reason == "cancelled":
             raise BrokenAnswerError("the server was stopped before the answer was done")

@@ -16,6 +16,7 @@ import uvicorn
 from codellama.assembly import Parts, assemble
 from codellama.config import RuntimeArgs
 from codellama.errors import ParallelSizeError
+from codellama.safety import SafetyHook
 from codellama.server.app import make_app
 from codellama.server.service import EngineService
 
@@ -38,6 +39,7 @@ def serve(
     dtype: str | None,
     seed: int | None,
     checkpoint_format: str | None,
+    safety: SafetyHook | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; under torchrun, world rank 0 serves and the others follow.
 
@@ -59,7 +61,9 @@ def serve(
         with _graceful(), parts.parallel.together():  # torchrun sends SIGTERM to all: the leader's word is awaited
             parts.engine.follow()
         return
-    serve_parts(build, runtime, host=host, port=port, model_id=model_id, api_key=api_key, max_queue=max_queue)
+    serve_parts(
+        build, runtime, host=host, port=port, model_id=model_id, api_key=api_key, max_queue=max_queue, safety=safety
+    )  # fmt: skip
 
 
 def serve_parts(
@@ -71,6 +75,7 @@ def serve_parts(
     model_id: str,
     api_key: str | None,
     max_queue: int,
+    safety: SafetyHook | None = None,
 ) -> None:
     """Listen at once, load meanwhile, and serve; arguments and errors are those of `serve`."""
     listener = _listen(host, port)
@@ -79,7 +84,7 @@ def serve_parts(
         server.should_exit = True
 
     service = EngineService(build, runtime, on_end=leave)
-    app = make_app(service, model_id, api_key, max_queue)
+    app = make_app(service, model_id, api_key, max_queue, safety=safety)
     last = GRACE + 5  # by then a running answer has been cut, and has said so
     config = uvicorn.Config(
         app, log_level="warning", lifespan="off", timeout_graceful_shutdown=last, server_header=False
