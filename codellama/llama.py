@@ -236,9 +236,7 @@ class Llama:
         def make() -> list[Prompt]:
             params = sampling_params(options, temperature, top_p, max_gen_len, logprobs)
             if len(listed(prefixes)) != len(listed(suffixes)):
-                raise PromptError(
-                    f"{len(prefixes)} prefixes but {len(suffixes)} suffixes; one of each belongs to a gap"
-                )
+                raise PromptError(f"{len(prefixes)} prefixes but {len(suffixes)} suffixes; a gap has one of each")
             gaps = enumerate(zip(prefixes, suffixes, strict=True))
             return [self.prompts.gap(*gap, params, suffix_first, f"gap {index}") for index, gap in gaps]
 

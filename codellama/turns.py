@@ -108,8 +108,8 @@ class Turns:
         if stream is not None and not stream.running:
             raise RuntimeError("this thread has an open stream of this generator: exhaust it or close() it first")
         raise RuntimeError(
-            "this thread is inside a call of this generator, which would wait for itself: a logits_processor or a "
-            "safety hook cannot generate with the generator that calls it"
+            "this thread is inside a call of this generator, which would wait for itself: a logits_processor cannot "
+            "generate with the generator that calls it, nor can a safety hook"
         )
 
     def _free_orphan(self) -> None:
