@@ -19,12 +19,14 @@ if TYPE_CHECKING:
         ParallelSizeError,
         PromptError,
         RankError,
+        SafetyError,
     )
     from codellama.llama import Llama
     from codellama.model import Transformer
     from codellama.prompt_file import read_prompt, split_prompt
     from codellama.prompts import Dialog, Message, dialog_prompt_tokens, infilling_prompt_tokens
     from codellama.results import ChatPrediction, CompletionPrediction, InfillingPrediction
+    from codellama.safety import SafetyHook, keyword_filter
     from codellama.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -48,11 +50,14 @@ __all__ = [
     "PromptError",
     "RankError",
     "RuntimeArgs",
+    "SafetyError",
+    "SafetyHook",
     "SamplingParams",
     "Tokenizer",
     "Transformer",
     "dialog_prompt_tokens",
     "infilling_prompt_tokens",
+    "keyword_filter",
     "read_prompt",
     "run_command",
     "split_prompt",
@@ -67,6 +72,7 @@ _HOMES = {
     "codellama.prompt_file": ("read_prompt", "split_prompt"),
     "codellama.prompts": ("Dialog", "Message", "dialog_prompt_tokens", "infilling_prompt_tokens"),
     "codellama.results": ("ChatPrediction", "CompletionPrediction", "InfillingPrediction"),
+    "codellama.safety": ("SafetyHook", "keyword_filter"),
     "codellama.tokenizer": ("Tokenizer",),
 }
 

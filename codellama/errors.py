@@ -8,6 +8,7 @@
     │   └── GrammarError             a grammar is refused, or cannot be followed to its end
     ├── MemoryBudgetError            (MemoryError) it does not fit; names the largest max_seq_len that does
     ├── NumericalError               (ArithmeticError) NaN logits; names the ranks whose columns hold them
+    ├── SafetyError                  a safety hook refused a chat or its answer; carries the reason
     └── RankError                    (RuntimeError) another rank died, raised, or asked for something else
 
 A plain wrong argument (a negative temperature, a string where ids are expected) is a ValueError or a TypeError.
@@ -64,6 +65,10 @@ class MemoryBudgetError(CodeLlamaError, MemoryError):
 
 class NumericalError(CodeLlamaError, ArithmeticError):
     """The model produced logits that are not numbers."""
+
+
+class SafetyError(CodeLlamaError):
+    """A safety hook refused a chat, or the answer to it. The message is the reason that it gave."""
 
 
 class RankError(CodeLlamaError, RuntimeError):

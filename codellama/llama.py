@@ -6,7 +6,7 @@ It turns prompts into requests and results into dicts. It knows nothing of rows,
 import atexit
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import partial
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Unpack
@@ -22,18 +22,20 @@ from codellama.model import Transformer
 from codellama.parallel import Parallel
 from codellama.prompts import Dialog
 from codellama.results import (
-    Answer,
     ChatPrediction,
     CompletionPrediction,
     InfillingPrediction,
     SamplingOptions,
-    describe,
+    describe_chat,
+    describe_gap,
+    describe_text,
     listed,
     refuse_alternatives,
     sampling_params,
 )
+from codellama.safety import AnswerGate, SafetyHook, Screening, admit
 from codellama.tokenizer import Tokenizer
-from codellama.turns import TextStream, Turns
+from codellama.turns import OpenStreams, StreamRef, TextStream, Turns
 
 __all__ = ["DEMO", "Llama"]
 
@@ -69,10 +71,9 @@ class Llama:
         self.parallel, self.engine, self.prompts = parts.parallel, parts.engine, parts.prompts
         self._turns = Turns()
         self._closed = False
-        self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
-        self._at_exit = partial(_close, self._streams)
+        self._streams = OpenStreams()
         if self.parallel.world is not None:
-            atexit.register(self._at_exit)  # while the other ranks can still be told
+            atexit.register(self._streams.close)  # while the other ranks can still be told
 
     @staticmethod
     def build(
@@ -134,7 +135,7 @@ class Llama:
             if self._closed:  # by another thread, meanwhile
                 return
             self._closed = True
-            atexit.unregister(self._at_exit)
+            atexit.unregister(self._streams.close)
             try:
                 self.engine.close()
             finally:
@@ -213,11 +214,7 @@ class Llama:
             params = sampling_params(options, temperature, top_p, max_gen_len, logprobs, echo)
             return [self.prompts.text(text, params, f"prompt {i}") for i, text in enumerate(listed(prompts))]
 
-        results: list[CompletionPrediction] = []
-        for prompt, completion in self._complete(make, options):
-            generation = prompt.before + completion.text if prompt.params.echo else completion.text
-            results.append({"generation": generation, **describe(prompt, completion, self.tokenizer)})
-        return results
+        return [describe_text(*done, self.tokenizer) for done in self._complete(make, options)]
 
     def text_infilling(
         self,
@@ -239,18 +236,11 @@ class Llama:
         def make() -> list[Prompt]:
             params = sampling_params(options, temperature, top_p, max_gen_len, logprobs)
             if len(listed(prefixes)) != len(listed(suffixes)):
-                raise PromptError(
-                    f"{len(prefixes)} prefixes but {len(suffixes)} suffixes; one of each belongs to a gap"
-                )
+                raise PromptError(f"{len(prefixes)} prefixes but {len(suffixes)} suffixes; a gap has one of each")
             gaps = enumerate(zip(prefixes, suffixes, strict=True))
             return [self.prompts.gap(*gap, params, suffix_first, f"gap {index}") for index, gap in gaps]
 
-        results: list[InfillingPrediction] = []
-        for prompt, completion in self._complete(make, options):
-            full = prompt.before + completion.text + prompt.after
-            described = describe(prompt, completion, self.tokenizer)
-            results.append({"generation": completion.text, "full_text": full, **described})
-        return results
+        return [describe_gap(*done, self.tokenizer) for done in self._complete(make, options)]
 
     def chat_completion(
         self,
@@ -261,6 +251,7 @@ class Llama:
         logprobs: bool = False,
         *,
         allow_special_tags: bool = False,
+        safety: SafetyHook | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[ChatPrediction]:
         """Answer chats; white space around an answer is dropped. See `generate` for the other arguments.
@@ -268,6 +259,8 @@ class Llama:
         Args:
             dialogs: one chat each: an optional system message, then user and assistant in turn.
             allow_special_tags: let contents hold the chat format's own tags, as plain text.
+            safety: may refuse a chat, or its answer; that result has no content, finish_reason "content_filter", and
+                the reason as its refusal. Only world rank 0's is called.
 
         Raises:
             PromptError: roles out of order, or a tag inside a message; naming the message.
@@ -278,13 +271,11 @@ class Llama:
             chats = enumerate(listed(dialogs))
             return [self.prompts.chat(chat, params, allow_special_tags, f"dialog {index}") for index, chat in chats]
 
-        results: list[ChatPrediction] = []
-        for prompt, completion in self._complete(make, options):
-            answer: Answer = {"role": "assistant", "content": completion.text}
-            if self.tokenizer.step_id is not None:
-                answer["destination"] = "user"
-            results.append({"generation": answer, **describe(prompt, completion, self.tokenizer)})
-        return results
+        screening = Screening(safety)
+        return [
+            describe_chat(*done, self.tokenizer)
+            for done in self._complete(lambda: screening.admit(make()), options, screening)
+        ]
 
     def stream_completion(
         self,
@@ -310,12 +301,12 @@ class Llama:
         **options: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """Yield the pieces of text_infilling's generation as they become certain; nothing on other ranks."""
-        return self._stream(
-            lambda: self.prompts.gap(
-                prefix, suffix, sampling_params(options, temperature, top_p, max_gen_len), suffix_first
-            ),
-            options,
-        )
+
+        def make() -> Prompt:
+            params = sampling_params(options, temperature, top_p, max_gen_len)
+            return self.prompts.gap(prefix, suffix, params, suffix_first)
+
+        return self._stream(make, options)
 
     def stream_chat(
         self,
@@ -325,25 +316,34 @@ class Llama:
         max_gen_len: int | None = None,
         *,
         allow_special_tags: bool = False,
+        safety: SafetyHook | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[str]:
-        """Yield the pieces of chat_completion's content as they become certain; nothing on other ranks."""
-        return self._stream(
-            lambda: self.prompts.chat(
-                dialog, sampling_params(options, temperature, top_p, max_gen_len), allow_special_tags
-            ),
-            options,
-        )
+        """Yield the pieces of chat_completion's content as they become certain; nothing on other ranks.
 
-    def _complete(self, make: Callable[[], list[Prompt]], options: SamplingOptions) -> list[tuple[Prompt, Completion]]:
+        With safety, these are whole sentences and lines, each yielded once the hook has read all up to its end.
+
+        Raises:
+            SafetyError: the hook refuses the chat, or what comes next of the answer; on every rank.
+        """
+
+        def make() -> Prompt:
+            params = sampling_params(options, temperature, top_p, max_gen_len)
+            return self.prompts.chat(dialog, params, allow_special_tags)
+
+        return self._stream(make, options, safety)
+
+    def _complete(
+        self, make: Callable[[], list[Prompt]], options: SamplingOptions, screening: Screening | None = None
+    ) -> list[tuple[Prompt, Completion]]:
         """Run one batch call on all ranks: world rank 0 checks and deals, each replica's leader runs its share."""
-        processor = options.get("logits_processor")
         with self._turns.take():
             self._refuse_closed()
             mine = self.parallel.deal(make)
 
             def work() -> list[tuple[Prompt, Completion]]:
                 if self.parallel.is_leader:
+                    processor = options.get("logits_processor")
                     done = self.engine.run(self.prompts.request(prompt, processor) for prompt in mine)
                     for completion in done:
                         if completion.error is not None:
@@ -352,26 +352,31 @@ class Llama:
                 self.engine.follow()
                 return []
 
-            return self.parallel.collect(work)
+            done = self.parallel.collect(work)
+            if screening is None:
+                return done
+            return screening.merge(done, self.parallel.share(lambda: screening.judge(done)))
 
-    def _stream(self, make: Callable[[], Prompt], options: SamplingOptions) -> TextStream:
+    def _stream(
+        self, make: Callable[[], Prompt], options: SamplingOptions, safety: SafetyHook | None = None
+    ) -> TextStream:
         """Run one streaming call on all ranks; the text comes out on world rank 0 alone."""
         self._refuse_closed()
-        reference: list[weakref.ref[TextStream]] = []
-        stream = TextStream(self._run_stream(make, options, reference), self._turns)
-        reference.append(weakref.ref(stream))
+        own: list[StreamRef] = []
+        stream = TextStream(self._run_stream(make, options, safety, own), self._turns)
+        own.append(weakref.ref(stream))
         self._streams.add(stream)
         return stream
 
     def _run_stream(
-        self, make: Callable[[], Prompt], options: SamplingOptions, reference: list[weakref.ref[TextStream]]
+        self, make: Callable[[], Prompt], options: SamplingOptions, safety: SafetyHook | None, own: list[StreamRef]
     ) -> Generator[str]:
 
         def make_one() -> list[Prompt]:
             refuse_alternatives(options)
-            return [make()]
+            return [admit(safety, make())]
 
-        with self._turns.take(reference[0]):
+        with self._turns.take(own[0]):
             self._refuse_closed()
             mine = self.parallel.deal(make_one)
             with self.parallel.together():
@@ -381,18 +386,14 @@ class Llama:
                     self.engine.run([])
                 else:
                     request = self.prompts.request(mine[0], options.get("logits_processor"))
-                    for delta in self.engine.stream(request):
-                        if delta.error is not None:
-                            raise delta.error
-                        if delta.text:
-                            yield delta.text
+                    gate = AnswerGate(safety, mine[0])
+                    with closing(self.engine.stream(request)) as deltas:  # a refusal ends it before the ranks meet
+                        for delta in deltas:
+                            if delta.error is not None:
+                                raise delta.error
+                            if text := gate.push(delta).text:
+                                yield text
 
     def _refuse_closed(self) -> None:
         if self._closed:
             raise RuntimeError("this generator is closed; build another one")
-
-
-def _close(streams: weakref.WeakSet[TextStream]) -> None:
-    """End the streams that are still open."""
-    for stream in list(streams):
-        stream.close()

@@ -33,9 +33,14 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class Prediction(TypedDict):
-    """Keys of every result; tokens (as pieces) and logprobs are there if logprobs or top_logprobs was asked for."""
+    """Keys of every result.
+
+    tokens (as pieces) and logprobs are there if logprobs or top_logprobs was asked for; refusal is a safety hook's
+    reason, where finish_reason is "content_filter".
+    """
 
     finish_reason: FinishReason
+    refusal: NotRequired[str]
     tokens: NotRequired[list[str]]
     logprobs: NotRequired[list[float]]
     top_logprobs: NotRequired[list[dict[str, float]]]
@@ -122,9 +127,31 @@ def listed(prompts: Sequence[T]) -> Sequence[T]:
     return prompts
 
 
+def describe_text(prompt: Prompt, completion: Completion, tokenizer: Tokenizer) -> CompletionPrediction:
+    """Write the result of a text."""
+    generation = prompt.before + completion.text if prompt.params.echo else completion.text
+    return {"generation": generation, **describe(prompt, completion, tokenizer)}
+
+
+def describe_gap(prompt: Prompt, completion: Completion, tokenizer: Tokenizer) -> InfillingPrediction:
+    """Write the result of a gap."""
+    full = prompt.before + completion.text + prompt.after
+    return {"generation": completion.text, "full_text": full, **describe(prompt, completion, tokenizer)}
+
+
+def describe_chat(prompt: Prompt, completion: Completion, tokenizer: Tokenizer) -> ChatPrediction:
+    """Write the result of a chat; one that was refused has no content."""
+    answer: Answer = {"role": "assistant", "content": completion.text}
+    if tokenizer.step_id is not None:
+        answer["destination"] = "user"
+    return {"generation": answer, **describe(prompt, completion, tokenizer)}
+
+
 def describe(prompt: Prompt, completion: Completion, tokenizer: Tokenizer) -> Prediction:
     """Write the keys that all results share."""
     described: Prediction = {"finish_reason": completion.finish_reason}
+    if completion.finish_reason == "content_filter":
+        described["refusal"] = str(completion.error)
     piece = tokenizer.token_piece
     if prompt.params.logprobs:
         described["tokens"] = [piece(id) for id in completion.tokens]

@@ -44,6 +44,26 @@ class TextStream(Iterator[str]):
             self._pieces.close()
 
 
+StreamRef = weakref.ref[TextStream]
+
+
+class OpenStreams:
+    """The streams of one generator that may still be open; it keeps none of them alive."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
+
+    def add(self, stream: TextStream) -> None:
+        """Remember a stream."""
+        self._streams.add(stream)
+
+    def close(self) -> None:
+        """End those that are still open."""
+        for stream in list(self._streams):
+            stream.close()
+
+
 class Turns:
     """A lock that knows who holds it."""
 
@@ -89,7 +109,7 @@ class Turns:
             raise RuntimeError("this thread has an open stream of this generator: exhaust it or close() it first")
         raise RuntimeError(
             "this thread is inside a call of this generator, which would wait for itself: a logits_processor cannot "
-            "generate with the generator that calls it"
+            "generate with the generator that calls it, nor can a safety hook"
         )
 
     def _free_orphan(self) -> None:

@@ -46,6 +46,7 @@ def test_all_classes_are_here() -> None:
         "MemoryBudgetError",
         "NumericalError",
         "RankError",
+        "SafetyError",
     }
 
 
@@ -61,6 +62,7 @@ def test_all_classes_are_here() -> None:
         (errors.MemoryBudgetError, {errors.CodeLlamaError, MemoryError}),
         (errors.NumericalError, {errors.CodeLlamaError, ArithmeticError}),
         (errors.RankError, {errors.CodeLlamaError, RuntimeError}),
+        (errors.SafetyError, {errors.CodeLlamaError}),
     ],
 )
 def test_tree(kind: type[Exception], parents: set[type[Exception]]) -> None:

@@ -20,6 +20,7 @@ TORCH_FREE = (
     "codellama.memory",
     "codellama.generation.grammar",
     "codellama.generation.trial",
+    "codellama.safety",
     "codellama.generation.request",
     "codellama.generation.prompt",
     "codellama.generation.scheduler",
@@ -40,6 +41,7 @@ TORCH_FREE = (
     "codellama.server.metrics",
     "codellama.server.record",
     "codellama.server.settings",
+    "codellama.server.safety",
 )
 # One fresh interpreter; each import happens in a fork of it, so that none is helped by the one before.
 PROGRAM = """

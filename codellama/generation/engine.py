@@ -5,7 +5,7 @@ leader (model-parallel rank 0) alone decides tokens; the other ranks follow batc
 """
 
 import queue
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -108,7 +108,7 @@ class Engine:
                 self.step()
         return [request.completion() for request in requests]
 
-    def stream(self, request: Request) -> Iterator[Delta]:
+    def stream(self, request: Request) -> Generator[Delta]:
         """Run one request and yield what each step adds; closing the iterator cancels it. The leader's part."""
         deltas: list[Delta] = []
         with self._session():

@@ -30,6 +30,7 @@ class Prompt:
         before: the text that the generated one continues; after: the text that it leads to. For results.
         strip: drop white space around the generated text.
         matcher: the grammar, prepared for one request; it does not travel either, and is prepared again where needed.
+        dialog: the chat that is answered; empty where it is none.
     """
 
     tokens: list[int]
@@ -40,6 +41,7 @@ class Prompt:
     after: str = ""
     strip: bool = False
     matcher: Matcher | None = field(default=None, compare=False, repr=False)
+    dialog: Dialog = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"matcher": None}
@@ -90,7 +92,8 @@ class PromptMaker:
         chat = format_for(self._tokenizer)
         with _named(where):
             tokens = chat.encode_dialog(dialog, allow_tags)
-        return replace(self._checked(tokens, _stopping(params, chat.stop_tokens()), where), strip=True)
+        checked = self._checked(tokens, _stopping(params, chat.stop_tokens()), where)
+        return replace(checked, strip=True, dialog=dialog)
 
     def alternatives(self, prompt: Prompt, n: int) -> list[Prompt]:
         """Repeat a prompt n times, each with a seed of its own; the first one keeps the prompt's."""

@@ -17,7 +17,8 @@ from codellama.tokenizer import TextDecoder, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error", "content_filter"]
+"""How a generation ended; content_filter is a safety hook's word, which the engine never says."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Completion:
         tokens: generated ids, without the stop token; with echo the prompt's before them.
         text: the generated text alone.
         scores: one for each of tokens, if asked for. The first token of a prompt is certain: log-probability 0.
-        error: what ended the request, where finish_reason is "error".
+        error: what ended the request, where finish_reason is "error" or "content_filter".
     """
 
     tokens: tuple[int, ...]

@@ -31,6 +31,7 @@ class Choice:
         self.n_tokens = 0  # generated ones
         self.n_reused = 0  # of the prompt, that were in the cache
         self.finish_reason: str | None = None
+        self.refusal: str | None = None  # why a safety hook refused it
         self._tokenizer = tokenizer
         self._wants_scores = prompt.params.logprobs
         self._before = self._first = prompt.before if echo else ""
@@ -47,6 +48,11 @@ class Choice:
 
     def push(self, delta: Delta) -> Iterator[Json]:
         """Take a delta and yield what a stream says of it: a piece never goes on after a line's end."""
+        if delta.finish_reason == "content_filter":
+            self.finish_reason, self.refusal = delta.finish_reason, str(delta.error)
+            yield from self._refusal(shown="".join(self._texts))
+            yield self._last()
+            return
         text, self._first = self._first + delta.text, ""
         self._texts.append(text)
         self._tokens += delta.tokens
@@ -75,13 +81,22 @@ class Choice:
         }
 
     def _body(self, text: str) -> Json:
-        return {"text": text}
+        return {"text": text, **self._refused()}
 
     def _piece(self, text: str, logprobs: Json | None) -> Json:
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": None}
 
     def _last(self) -> Json:
-        return {"index": self.index, "text": "", "logprobs": None, "finish_reason": self.finish_reason}
+        return {
+            "index": self.index, "text": "", "logprobs": None, "finish_reason": self.finish_reason, **self._refused(),
+        }  # fmt: skip
+
+    def _refusal(self, shown: str) -> Iterator[Json]:
+        """Tell a stream's reader of a refusal, before the last piece: a text becomes code, so it is left alone."""
+        return iter(())
+
+    def _refused(self) -> Json:
+        return {} if self.refusal is None else {"refusal": self.refusal}
 
     def _logprobs(self, tokens: Sequence[int], scores: Sequence[TokenScore]) -> Json:
         offsets = [self._places.place(token) for token in tokens]
@@ -142,7 +157,16 @@ class ChatChoice(Choice):
         return self._delta({"role": "assistant", "content": ""})
 
     def _body(self, text: str) -> Json:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        content = text if self.refusal is None else self.refusal
+        return {"message": {"role": "assistant", "content": content, "refusal": self.refusal}}
+
+    def _refusal(self, shown: str) -> Iterator[Json]:
+        """Tell it as OpenAI does, and in the content, too, on a line of its own: most clients show nothing else."""
+        assert self.refusal is not None, "it was refused"
+        yield self._delta({"refusal": self.refusal})
+        between = "\n" if shown and not shown.endswith("\n") else ""
+        for line in _LINE.findall(between + self.refusal):
+            yield self._delta({"content": line})
 
     def _piece(self, text: str, logprobs: Json | None) -> Json:
         return {**self._delta({"content": text}), "logprobs": logprobs}

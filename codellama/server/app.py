@@ -21,6 +21,7 @@ from codellama.server.guard import Guard
 from codellama.server.llama_cpp import InfillRequest, LlamaCppAnswer, LlamaCppRequest
 from codellama.server.metrics import Metrics
 from codellama.server.running import Admission, Answering, Run, Running
+from codellama.server.safety import SafeService
 from codellama.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -146,7 +147,10 @@ def _routes(service: Service, settings: Settings) -> APIRouter:
         if settings.log_prompts:
             for prompt in prompts:
                 logger.info("id=%s prompt=%r", request.scope[RECORD].id, service.tokenizer.decode(prompt.tokens))
-        run = Run(service, admission, prompts, settings.timeout)
+        read: Service = (
+            service if settings.safety is None else SafeService(service, settings.safety, stream=body.stream)
+        )
+        run = Run(read, admission, prompts, settings.timeout)
         return Running(run, answer, stream=body.stream, log_answers=settings.log_prompts)
 
     return router

@@ -7,6 +7,7 @@ import importlib.util
 
 from codellama.config import RuntimeArgs
 from codellama.errors import CodeLlamaError
+from codellama.safety import load_hook
 from codellama.server.settings import Settings, find_key
 
 _NEEDED = ("fastapi", "uvicorn", "httpx2", "prometheus_client")
@@ -25,6 +26,7 @@ def serve(
     max_queue: int = 64,
     timeout: float | None = None,
     log_prompts: bool = False,
+    safety: str | None = None,
     model_id: str = "codellama",
     max_seq_len: int = 2048,
     max_batch_size: int = 4,
@@ -48,6 +50,7 @@ def serve(
         max_queue: prompts that may wait, beside those that run.
         timeout (SECONDS): what an answer may take at most; without it, as long as it needs.
         log_prompts: write what is asked and answered to the log, too.
+        safety (MODULE:FUNCTION): reads what is asked and answered, and may refuse it; see docs/safety.md.
         model_id (NAME): what clients see as the name of the model.
         max_batch_size: answers that are generated at once.
         chunk_size: tokens of a prompt that are read between two steps of the others.
@@ -67,6 +70,7 @@ def serve(
         timeout=timeout,
         cors=tuple(origin.strip() for origin in cors.split(",")) if cors else (),
         log_prompts=log_prompts,
+        safety=None if safety is None else load_hook(safety),
     )
     if not force:
         settings.refuse_public()

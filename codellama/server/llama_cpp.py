@@ -135,7 +135,8 @@ class InfillRequest(LlamaCppRequest):
         if not self.prompt:
             return [prompt]
         begun = [*prompt.tokens, *tokenizer.encode_infilling(self.prompt)]
-        return [replace(maker.ids(begun, prompt.params, prompt.where), before=self.prompt, seed=prompt.seed)]
+        whole = maker.ids(begun, prompt.params, prompt.where)
+        return [replace(whole, before=prompt.before + self.prompt, after=prompt.after, seed=prompt.seed)]
 
 
 class LlamaCppAnswer:
@@ -256,6 +257,7 @@ class _Text:
             "stop_type": kind,
             "stopping_word": word or "",
             "tokens_cached": self.n_reused,
+            **({"refusal": str(self._latest.error)} if self._latest.finish_reason == "content_filter" else {}),
             "timings": {
                 **_pace("prompt", n_prompt - self.n_reused, first - begin),
                 **_pace("predicted", n_generated, last - first),

@@ -15,12 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from codellama.errors import GrammarError, NumericalError
 from codellama.generation.prompt import Prompt
-from codellama.generation.request import Delta, Request
+from codellama.generation.request import Delta
 from codellama.server.access import RECORD
 from codellama.server.answers import Json
 from codellama.server.faults import BrokenAnswerError, BusyError, DeadlineError, error_body, tell
 from codellama.server.record import Record
-from codellama.server.service import Service
+from codellama.server.service import Handle, Service
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Run:
         self._timeout = timeout
         self._deadline = None if timeout is None else self._loop.time() + timeout
         self._open = len(prompts)
-        self._handles: list[Request] = []
+        self._handles: list[Handle] = []
         try:
             for index, prompt in enumerate(prompts):
                 self._handles.append(service.submit(prompt, partial(self._receive, index)))
@@ -135,7 +135,7 @@ class Run:
         if delta.finish_reason is not None:
             self._open -= 1
         if delta.finish_reason == "error":
-            known = isinstance(delta.error, NumericalError | GrammarError)
+            known = isinstance(delta.error, NumericalError | GrammarError | BrokenAnswerError)
             raise BrokenAnswerError(str(delta.error) if known else "the model failed; the server's log says why")
         if delta.finish_reason == "cancelled":
             raise BrokenAnswerError("the server was stopped before the answer was done")

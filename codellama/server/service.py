@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from codellama.config import RuntimeArgs
 from codellama.errors import CodeLlamaError
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "failed", "stopped"]
 OnDelta = Callable[[Delta], None]
+Handle = Any  # what submit returned, and cancel takes; nothing else can be done with it
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class Service(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The model's; raises NotReadyError before the model is loaded."""
 
-    def submit(self, prompt: Prompt, on_delta: OnDelta) -> Request:
+    def submit(self, prompt: Prompt, on_delta: OnDelta) -> Handle:
         """Start a prompt; on_delta is called from another thread, at last with a finish_reason."""
 
-    def cancel(self, handle: Request) -> None:
+    def cancel(self, handle: Handle) -> None:
         """End what `submit` started; harmless when it has ended."""
 
     def status(self) -> Status:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from codellama.safety import SafetyHook
 from codellama.server.address import is_public
 
 KEY_VARIABLE = "CODELLAMA_API_KEY"
@@ -30,6 +31,7 @@ class Settings:
         timeout: seconds that an answer may take; None is as long as it needs.
         cors: origins whose pages may ask; "*" is all.
         log_prompts: write what is asked and answered to the log, too.
+        safety: reads prompts and answers before anybody else; docs/safety.md.
 
     Raises:
         ValueError: a value outside its range.
@@ -44,6 +46,7 @@ class Settings:
     timeout: float | None = None
     cors: tuple[str, ...] = ()
     log_prompts: bool = False
+    safety: SafetyHook | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
