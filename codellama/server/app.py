@@ -1,5 +1,6 @@
 """The routes: which path does what. It knows a service, not an engine, and loads no torch."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,7 @@ def _routes(service: Service, model_id: str, max_queue: int, safety: SafetyHook 
     router = APIRouter()
     status = service.status()
     admission = Admission(status.max_batch_size + max_queue)
+    places = threading.BoundedSemaphore(admission.limit)
     model: Json = {
         "id": model_id,
         "object": "model",
@@ -119,7 +121,7 @@ def _routes(service: Service, model_id: str, max_queue: int, safety: SafetyHook 
         answer = Answer(
             prompts, tokenizer, model_id, chat=chat, n=body.n, echo=echo, include_usage=body.include_usage
         )  # fmt: skip
-        read: Service = service if safety is None else SafeService(service, safety, stream=body.stream)
+        read: Service = service if safety is None else SafeService(service, safety, places, stream=body.stream)
         return Running(Run(read, admission, prompts), answer, stream=body.stream)
 
     return router
