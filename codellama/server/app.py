@@ -1,6 +1,7 @@
 """The routes: which path does what. It knows a service, not an engine, and loads no torch."""
 
 import logging
+import threading
 from collections.abc import Callable
 
 from fastapi import APIRouter, FastAPI
@@ -89,6 +90,7 @@ def _routes(service: Service, settings: Settings) -> APIRouter:
     model_id = settings.model_id
     status = service.status()
     admission = Admission(status.max_batch_size + settings.max_queue)
+    places = threading.BoundedSemaphore(admission.limit)
     model: Json = {
         "id": model_id,
         "object": "model",
@@ -147,9 +149,8 @@ def _routes(service: Service, settings: Settings) -> APIRouter:
         if settings.log_prompts:
             for prompt in prompts:
                 logger.info("id=%s prompt=%r", request.scope[RECORD].id, service.tokenizer.decode(prompt.tokens))
-        read: Service = (
-            service if settings.safety is None else SafeService(service, settings.safety, stream=body.stream)
-        )
+        hook = settings.safety
+        read: Service = service if hook is None else SafeService(service, hook, places, stream=body.stream)
         run = Run(read, admission, prompts, settings.timeout)
         return Running(run, answer, stream=body.stream, log_answers=settings.log_prompts)
 

@@ -16,7 +16,7 @@ from codellama.errors import SafetyError
 from codellama.generation.prompt import Prompt, PromptMaker
 from codellama.generation.request import Delta, Request
 from codellama.safety import AnswerGate, SafetyHook, admit
-from codellama.server.faults import BrokenAnswerError
+from codellama.server.faults import BrokenAnswerError, BusyError
 from codellama.server.service import NotReadyError, OnDelta, Service, Status
 from codellama.tokenizer import Tokenizer
 
@@ -31,9 +31,14 @@ class SafeService:
     A refusal is the last delta of its prompt: finish_reason "content_filter", and a SafetyError as its error.
     """
 
-    def __init__(self, service: Service, hook: SafetyHook, *, stream: bool) -> None:
-        """Wrap a service; with stream an answer is read as it grows, else once, when it is whole."""
-        self._service, self._hook, self._stream = service, hook, stream
+    def __init__(self, service: Service, hook: SafetyHook, places: threading.BoundedSemaphore, *, stream: bool) -> None:
+        """Wrap a service.
+
+        Args:
+            places: how many prompts may be under way here: a hook also reads for a client that has gone.
+            stream: read an answer as it grows, else once, when it is whole.
+        """
+        self._service, self._hook, self._places, self._stream = service, hook, places, stream
 
     @property
     def prompts(self) -> PromptMaker:
@@ -50,12 +55,21 @@ class SafeService:
 
         Raises:
             NotReadyError: there is no model to run it.
+            BusyError: the hook still reads as much as it may at once.
         """
-        assert self._service.prompts, "a service without a model raises"
-        reading = Reading(
-            self._service, self._hook, prompt, on_delta, AnswerGate(self._hook, prompt, whole=not self._stream)
-        )
-        threading.Thread(target=reading.run, name="safety", daemon=True).start()
+        if (state := self._service.status().state) != "ready":
+            raise NotReadyError(f"the model is not ready: it is {state}")
+        if not self._places.acquire(blocking=False):
+            raise BusyError("the safety check is busy with as many prompts as may be under way")
+        gate = AnswerGate(self._hook, prompt, whole=not self._stream)
+        reading = Reading(self._service, self._hook, prompt, gate, on_delta)
+
+        def read() -> None:
+            last = reading.run()
+            self._places.release()
+            on_delta(last)
+
+        threading.Thread(target=read, name="safety", daemon=True).start()
         return reading
 
     def cancel(self, handle: "Reading") -> None:
@@ -70,9 +84,9 @@ class SafeService:
 class Reading:
     """A prompt on its way through the hook and the service."""
 
-    def __init__(self, service: Service, hook: SafetyHook, prompt: Prompt, on_delta: OnDelta, gate: AnswerGate) -> None:
+    def __init__(self, service: Service, hook: SafetyHook, prompt: Prompt, gate: AnswerGate, on_delta: OnDelta) -> None:
         """Prepare; `run` does all of it."""
-        self._service, self._hook, self._prompt, self._on_delta, self._gate = service, hook, prompt, on_delta, gate
+        self._service, self._hook, self._prompt, self._gate, self._on_delta = service, hook, prompt, gate, on_delta
         self._deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         self._lock = threading.Lock()  # nothing is submitted after it was cancelled
         self._cancelled = False
@@ -86,17 +100,20 @@ class Reading:
                 self._service.cancel(self._request)
         self._deltas.put(Delta("", finish_reason="cancelled"))  # also where the service says no more
 
-    def run(self) -> None:
-        """Be the thread: the hook's calls for a prompt follow each other."""
+    def run(self) -> Delta:
+        """Be the thread, in which the hook's calls for a prompt follow each other; return the last delta."""
         try:
             last = self._read()
         except SafetyError as refusal:
             last = Delta("", finish_reason="content_filter", error=refusal)
         except BrokenAnswerError as error:
             last = Delta("", finish_reason="error", error=error)
-        if last.finish_reason != "stop":
+        except Exception as error:  # our own mistake; who waits for an answer is told
+            logger.exception("a prompt could not be run")
+            last = Delta("", finish_reason="error", error=error)
+        if last.finish_reason in ("content_filter", "error"):
             self.cancel()  # at once: nobody reads what is still generated
-        self._on_delta(last)
+        return last
 
     def _read(self) -> Delta:
         """Hand on what may be read, and return the last delta."""
@@ -132,7 +149,7 @@ def _asked(ask: Callable[[], T]) -> T:
         return ask()
     except SafetyError:
         raise
-    except Exception as error:
+    except BaseException as error:  # also what a call of sys.exit raises: the thread has a client to tell
         frame = traceback.extract_tb(error.__traceback__)[-1]
         logger.error(
             "the safety hook raised %s in %s, line %d of %s",

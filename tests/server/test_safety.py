@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -163,9 +164,9 @@ def test_a_hook_that_raises_lets_nothing_through(
     assert response.status_code == (200 if stream else 500)
     assert error["error"]["message"] == "the safety check failed; the server's log says where"
     assert "One" not in response.text
-    logged = [record for record in caplog.records if record.name.startswith("codellama")]
+    logged = [record for record in caplog.records if record.name == "codellama.server.safety"]
     assert "raised ValueError in fail, line" in logged[-1].getMessage()
-    assert not any("hello" in record.getMessage() or record.exc_info for record in logged)
+    assert not any("hello" in record.getMessage() or record.exc_info for record in caplog.records)
 
 
 def test_a_slow_hook_holds_up_nobody_else(service: ScriptedService, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +212,40 @@ def test_a_client_that_leaves_while_the_hook_reads_starts_nothing(service: Scrip
     asyncio.run(leave())
     wait_until(lambda: not any(thread.name == "safety" for thread in threading.enumerate()))
     assert service.submitted == []
+
+
+def test_a_hook_that_hangs_takes_no_more_than_its_places(service: ScriptedService) -> None:
+    service.script = [Delta("Hi.", (5,), finish_reason="stop")]
+    go_on = threading.Event()
+
+    async def hang() -> None:
+        hangs = Settings(max_queue=1, safety=lambda messages: None if go_on.wait(20) else "no")
+        app = make_app(service, hangs)
+        for _ in range(3):
+            connection = Connection(app, {**CHAT, "stream": True})
+            await connection.until(b"assistant")
+            await connection.leave()
+        refused = Connection(app, CHAT)
+        await refused.until(b"the safety check is busy")
+        assert refused.sent[0]["status"] == 503
+        await refused.task
+        go_on.set()
+        await asyncio.to_thread(wait_until, lambda: not any(t.name == "safety" for t in threading.enumerate()))
+        again = Connection(app, {**CHAT, "n": 3})
+        await again.until(b"Hi.")
+        await again.task
+
+    asyncio.run(hang())
+
+
+def test_a_hook_that_exits_and_our_own_mistakes_are_told(
+    service: ScriptedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    response = client(service, lambda messages: sys.exit(3)).post("/v1/chat/completions", json=CHAT)
+    assert (response.status_code, "safety check failed" in response.text) == (500, True)
+    monkeypatch.setattr(service, "submit", lambda *_: 1 / 0)
+    response = client(service, Recorder()).post("/v1/chat/completions", json=CHAT)
+    assert (response.status_code, "division" in response.text) == (500, False)
 
 
 def test_a_failure_of_the_model_is_still_told(service: ScriptedService) -> None:
