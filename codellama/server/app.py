@@ -15,6 +15,17 @@ from codellama.errors import CodeLlamaError, PromptError
 from codellama.server.answers import Answer, Json
 from codellama.server.faults import fault_response, tell
 from codellama.server.guard import MAX_BODY, Guard
+from codellama.server.responses import (
+    REFUSALS,
+    ChatAnswer,
+    CompletionAnswer,
+    DetokenizeAnswer,
+    HealthAnswer,
+    ModelAnswer,
+    ModelListAnswer,
+    TokenizeAnswer,
+    answers_with,
+)
 from codellama.server.running import Admission, Run, Running
 from codellama.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from codellama.server.service import Service
@@ -31,7 +42,7 @@ def make_app(
         max_queue: prompts that may wait, beside those that run; more are answered with 503.
         max_body: bytes of a request's body.
     """
-    app = FastAPI(title="codellama", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="codellama", version=__version__, docs_url=None, redoc_url=None, responses=REFUSALS)
     app.add_middleware(Guard, api_key=api_key, max_body=max_body)
     for kind in (CodeLlamaError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _tell)
@@ -39,7 +50,7 @@ def make_app(
     app.include_router(routes, prefix="/v1")
     app.include_router(routes, include_in_schema=False)
 
-    @app.get("/health")
+    @app.get("/health", responses=answers_with(HealthAnswer))
     async def health() -> Response:
         """Say whether requests are answered."""
         state = service.status().state
@@ -47,7 +58,7 @@ def make_app(
             return JSONResponse({"status": "ok"})
         return fault_response(503, f"the model is not ready: it is {state}")
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", response_model=None, responses=answers_with(TokenizeAnswer))
     async def tokenize(body: TokenizeRequest) -> Json:
         """Turn a text into token ids."""
         text = body.content if body.prompt is None else body.prompt
@@ -56,7 +67,7 @@ def make_app(
         ids = await run_in_threadpool(service.tokenizer.encode, text, bos=body.add_special_tokens, eos=False)
         return {"tokens": ids, "count": len(ids), "max_model_len": service.status().max_seq_len}
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", response_model=None, responses=answers_with(DetokenizeAnswer))
     async def detokenize(body: DetokenizeRequest) -> Json:
         """Turn token ids into a text."""
         try:
@@ -81,22 +92,22 @@ def _routes(service: Service, model_id: str, max_queue: int) -> APIRouter:
         "max_model_len": status.max_seq_len,
     }
 
-    @router.post("/chat/completions", response_model=None)
+    @router.post("/chat/completions", response_model=None, responses=answers_with(ChatAnswer, streams=True))
     async def chat(body: ChatRequest) -> Response:
         """Answer a chat."""
         return await respond(body, chat=True)
 
-    @router.post("/completions", response_model=None)
+    @router.post("/completions", response_model=None, responses=answers_with(CompletionAnswer, streams=True))
     async def complete(body: CompletionRequest) -> Response:
         """Continue texts, or fill a gap."""
         return await respond(body, chat=False, echo=body.echo)
 
-    @router.get("/models")
+    @router.get("/models", response_model=None, responses=answers_with(ModelListAnswer))
     async def models() -> Json:
         """List the one model."""
         return {"object": "list", "data": [model]}
 
-    @router.get("/models/{name:path}")
+    @router.get("/models/{name:path}", response_model=None, responses=answers_with(ModelAnswer))
     async def one_model(name: str) -> Json:
         """Describe the one model, whatever it is called."""
         return model
