@@ -47,14 +47,14 @@ def sdk_source(build: Path) -> Path:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[str]:
-    """Serve the demo checkpoint and yield the base URL."""
+def server() -> Iterator[tuple[str, int]]:
+    """Serve the demo checkpoint and yield the base URL and the process's id."""
     command = [sys.executable, "-m", "codellama", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]
     command += ["--max_seq_len", "2048"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stderr=log, cwd=ROOT)
         try:
-            yield address(process, log.fileno())
+            yield address(process, log.fileno()), process.pid
         finally:
             process.terminate()
             process.wait(30)
@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument("--build", type=Path, default=ROOT / "build/clients", help="where environments are made")
     build = parser.parse_args().build
     build.mkdir(parents=True, exist_ok=True)
-    with server() as url, tempfile.TemporaryDirectory() as home:
+    with server() as (url, _), tempfile.TemporaryDirectory() as home:
         checks = [run_sdk_tests(url, build), ShellGpt(url, build, Path(home)).check()]
     return 0 if all(checks) else 1
 
