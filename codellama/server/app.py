@@ -116,6 +116,7 @@ def _routes(service: Service, model_id: str, max_queue: int) -> APIRouter:
         tokenizer = service.tokenizer
         if body.n_answers > admission.limit:
             raise PromptError(f"the request asks for {body.n_answers} answers; at most {admission.limit} are possible")
+        admission.check(body.n_answers)
         # Texts may be long: the event loop has other clients meanwhile.
         make: Callable[..., Any] = body.prompts
         prompts = await run_in_threadpool(make, service.prompts, tokenizer)
