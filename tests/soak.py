@@ -176,25 +176,24 @@ def contract(cases: int) -> bool:
     return done.returncode == 0
 
 
-def main() -> int:
+def main(requests: int, cases: int, seed: int) -> int:
     """Run all; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=5000, help="mixed requests, a tenth of them abandoned")
-    parser.add_argument("--cases", type=int, default=300, help="generated requests for each route; 0 is none")
-    parser.add_argument("--seed", type=int, default=0, help="of the mixture")
-    flags = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     with server() as (url, pid):
-        soak = Soak(int(url.split(":")[2].split("/")[0]), pid, flags.requests, flags.seed)
+        soak = Soak(int(url.split(":")[2].split("/")[0]), pid, requests, seed)
         parts: list[Callable[[], None]] = [soak.requests, soak.abandoned, soak.connections, soak.slow]
         for part in parts:
             part()
     failed = soak.failed
-    if flags.cases:
-        failed |= not contract(flags.cases)
+    if cases:
+        failed |= not contract(cases)
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=5000, help="mixed requests, a tenth of them abandoned")
+    parser.add_argument("--cases", type=int, default=300, help="generated requests for each route; 0 is none")
+    parser.add_argument("--seed", type=int, default=0, help="of the mixture")
+    sys.exit(main(**vars(parser.parse_args())))
