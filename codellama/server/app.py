@@ -21,6 +21,19 @@ from codellama.server.faults import fault_response, tell
 from codellama.server.guard import Guard
 from codellama.server.llama_cpp import InfillRequest, LlamaCppAnswer, LlamaCppRequest
 from codellama.server.metrics import Metrics
+from codellama.server.responses import (
+    REFUSALS,
+    ChatAnswer,
+    CompletionAnswer,
+    DetokenizeAnswer,
+    HealthAnswer,
+    LlamaCppAnswers,
+    LlamaCppCompletion,
+    ModelAnswer,
+    ModelListAnswer,
+    TokenizeAnswer,
+    answers_with,
+)
 from codellama.server.running import Admission, Answering, Run, Running
 from codellama.server.safety import SafeService
 from codellama.server.schemas import (
@@ -39,7 +52,7 @@ logger = logging.getLogger(__name__)
 def make_app(service: Service, settings: Settings) -> FastAPI:
     """Make the ASGI app; its host and port are for others to listen on."""
     metrics = Metrics(service, settings.model_id)
-    app = FastAPI(title="codellama", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="codellama", version=__version__, docs_url=None, redoc_url=None, responses=REFUSALS)
     app.add_middleware(Guard, api_key=settings.api_key, max_body=settings.max_body)
     if settings.cors:  # outside of the guard: a browser asks for permission without a key
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
@@ -50,7 +63,7 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
     app.include_router(routes, prefix="/v1")
     app.include_router(routes, include_in_schema=False)
 
-    @app.get("/health")
+    @app.get("/health", responses=answers_with(HealthAnswer))
     async def health() -> Response:
         """Say whether requests are answered."""
         state = service.status().state
@@ -58,12 +71,12 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
             return JSONResponse({"status": "ok"})
         return fault_response(503, f"the model is not ready: it is {state}")
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_model=None, responses={200: {"content": {"text/plain": {}}}})
     async def tell_metrics() -> Response:
         """Count and measure, for Prometheus."""
         return Response(metrics.write(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", response_model=None, responses=answers_with(TokenizeAnswer))
     async def tokenize(body: TokenizeRequest) -> Json:
         """Turn a text into token ids."""
         text = body.content if body.prompt is None else body.prompt
@@ -72,7 +85,7 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
         ids = await run_in_threadpool(service.tokenizer.encode, text, bos=body.add_special_tokens, eos=False)
         return {"tokens": ids, "count": len(ids), "max_model_len": service.status().max_seq_len}
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", response_model=None, responses=answers_with(DetokenizeAnswer))
     async def detokenize(body: DetokenizeRequest) -> Json:
         """Turn token ids into a text."""
         try:
@@ -99,36 +112,36 @@ def _routes(service: Service, settings: Settings) -> APIRouter:
         "max_model_len": status.max_seq_len,
     }
 
-    @router.post("/chat/completions", response_model=None)
+    @router.post("/chat/completions", response_model=None, responses=answers_with(ChatAnswer, streams=True))
     async def chat(body: ChatRequest, request: HttpRequest) -> Response:
         """Answer a chat."""
         prompts = await make(body)
         return respond(request, body, prompts, openai(body, prompts, chat=True))
 
-    @router.post("/completions", response_model=None)
+    @router.post("/completions", response_model=None, responses=answers_with(CompletionAnswer, streams=True))
     async def complete(body: CompletionRequest, request: HttpRequest) -> Response:
         """Continue texts, or fill a gap."""
         prompts = await make(body)
         return respond(request, body, prompts, openai(body, prompts, chat=False, echo=body.echo))
 
-    @router.post("/completion", response_model=None)
+    @router.post("/completion", response_model=None, responses=answers_with(LlamaCppAnswers, streams=True))
     async def complete_as_llama_cpp(body: LlamaCppRequest, request: HttpRequest) -> Response:
         """Continue texts, in llama.cpp's words."""
         prompts = await make(body)
         return respond(request, body, prompts, LlamaCppAnswer(prompts, service.tokenizer, model_id, body))
 
-    @router.post("/infill", response_model=None)
+    @router.post("/infill", response_model=None, responses=answers_with(LlamaCppCompletion, streams=True))
     async def infill_as_llama_cpp(body: InfillRequest, request: HttpRequest) -> Response:
         """Fill a gap, in llama.cpp's words."""
         prompts = await make(body)
         return respond(request, body, prompts, LlamaCppAnswer(prompts, service.tokenizer, model_id, body))
 
-    @router.get("/models")
+    @router.get("/models", response_model=None, responses=answers_with(ModelListAnswer))
     async def models() -> Json:
         """List the one model."""
         return {"object": "list", "data": [model]}
 
-    @router.get("/models/{name:path}")
+    @router.get("/models/{name:path}", response_model=None, responses=answers_with(ModelAnswer))
     async def one_model(name: str) -> Json:
         """Describe the one model, whatever it is called."""
         return model
@@ -136,6 +149,7 @@ def _routes(service: Service, settings: Settings) -> APIRouter:
     async def make(body: ChatRequest | CompletionRequest | LlamaCppRequest) -> list[Prompt]:
         if body.n_answers > admission.limit:
             raise PromptError(f"the request asks for {body.n_answers} answers; at most {admission.limit} are possible")
+        admission.check(body.n_answers)
         # Texts may be long: the event loop has other clients meanwhile.
         make_prompts: Callable[..., list[Prompt]] = body.prompts
         return await run_in_threadpool(make_prompts, service.prompts, service.tokenizer)

@@ -12,6 +12,7 @@ from codellama.errors import PromptError, shown
 from codellama.prompts import Message
 
 _Dicts = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _CONTINUE = "Continue."
 
 
@@ -23,7 +24,7 @@ class ChatMessage(BaseModel):
         tool_calls: what an assistant asked tools for; told as text.
     """
 
-    role: str
+    role: Annotated[str, Field(json_schema_extra={"enum": list(ROLES)})]
     content: str | _Dicts | None = None
     name: str | None = None
     tool_calls: _Dicts | None = None

@@ -73,9 +73,17 @@ class Admission:
         Raises:
             BusyError: there are not so many left.
         """
+        self.check(n)
+        self._taken += n
+
+    def check(self, n: int) -> None:
+        """Refuse n more before any work is put into them; `take` decides.
+
+        Raises:
+            BusyError: there are not so many places left.
+        """
         if self._taken + n > self.limit:
             raise BusyError(f"{self._taken} prompts are under way, of {self.limit} at most; {n} more do not fit now")
-        self._taken += n
 
     def give_back(self, n: int) -> None:
         """Give n places back."""

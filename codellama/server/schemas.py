@@ -148,7 +148,7 @@ class GenerationRequest(BaseModel):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
     max_completion_tokens: int | None = None
     logprobs: Annotated[bool, _no_null(False)] = False
     top_logprobs: Annotated[int, _no_null(0), Field(ge=0, le=20)] = 0

@@ -12,11 +12,14 @@ import sys
 import tarfile
 import tempfile
 import time
+import urllib.error
+import urllib.request
 import venv
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 ROOT = Path(__file__).parents[2]
 SDK_TESTS = ("chat/test_completions.py", "test_completions.py", "test_models.py")
 # Chats that a server has stored are listed and retrieved in TestCompletions, too; this one stores nothing.
@@ -47,26 +50,30 @@ def sdk_source(build: Path) -> Path:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[str]:
-    """Serve the demo checkpoint and yield the base URL."""
+def server() -> Iterator[tuple[str, int]]:
+    """Serve the demo checkpoint and yield the base URL and the process's id."""
     command = [sys.executable, "-m", "codellama", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]
     command += ["--max_seq_len", "2048"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stderr=log, cwd=ROOT)
         try:
-            yield address(process, log.fileno())
+            yield address(process, log.fileno()), process.pid
         finally:
             process.terminate()
             process.wait(30)
 
 
 def address(process: subprocess.Popen[bytes], log: int) -> str:
-    """Wait until the model is loaded, which the log's third line says, and return the address in its first."""
-    for _ in range(600):
-        lines = os.pread(log, 10_000, 0).decode().splitlines()
-        if len(lines) > 2:
-            return lines[0].split()[2]
-        assert process.poll() is None, "\n".join(lines)
+    """Return the address in the log's first line, once the model is loaded."""
+    url, until = "", time.monotonic() + 60
+    while time.monotonic() < until:
+        said = os.pread(log, 10_000, 0).decode()
+        assert process.poll() is None, said
+        if "\n" in said:
+            url = said.split()[2]
+            with contextlib.suppress(urllib.error.HTTPError):  # 503 while it loads
+                opener.open(url.removesuffix("/v1") + "/health")
+                return url
         time.sleep(0.1)
     raise TimeoutError("the server did not start within a minute")
 
@@ -130,7 +137,7 @@ def main() -> int:
     parser.add_argument("--build", type=Path, default=ROOT / "build/clients", help="where environments are made")
     build = parser.parse_args().build
     build.mkdir(parents=True, exist_ok=True)
-    with server() as url, tempfile.TemporaryDirectory() as home:
+    with server() as (url, _), tempfile.TemporaryDirectory() as home:
         checks = [run_sdk_tests(url, build), ShellGpt(url, build, Path(home)).check()]
     return 0 if all(checks) else 1
 

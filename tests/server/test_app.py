@@ -169,12 +169,12 @@ def test_the_key(service: ScriptedService) -> None:
 class Connection:
     """One request by ASGI itself, so that the client can leave at a moment of our choice."""
 
-    def __init__(self, app: FastAPI, body: dict[str, Any]) -> None:
+    def __init__(self, app: FastAPI, body: dict[str, Any], path: str = "/v1/chat/completions") -> None:
         self.sent: list[dict[str, Any]] = []
         self.incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.incoming.put_nowait({"type": "http.request", "body": json.dumps(body).encode()})
         scope = {
-            "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"",
+            "type": "http", "method": "POST", "path": path, "query_string": b"",
             "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
         }  # fmt: skip
         self.task = asyncio.create_task(app(scope, self.incoming.get, self._send))
