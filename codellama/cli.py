@@ -163,6 +163,7 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     force: bool = False,
+    model_parallel_size: int | None = None,
     max_queue: int = 64,
     model_id: str = "codellama",
     max_seq_len: int = 2048,
@@ -182,6 +183,7 @@ def serve(
         port: 0 takes a free one.
         api_key (KEY): what clients must bring; without it, everybody is served.
         force: listen on a public address without a key.
+        model_parallel_size: processes that share one copy of the weights; without it, all of them.
         max_queue: prompts that may wait, beside those that run.
         model_id (NAME): what clients see as the name of the model.
         max_batch_size: answers that are generated at once.
@@ -206,8 +208,8 @@ def serve(
     from codellama.server.serve import serve
 
     serve(
-        ckpt_dir, tokenizer_path, runtime, host=host, port=port, model_id=model_id, api_key=api_key,
-        max_queue=max_queue, device=device, dtype=dtype, seed=seed, checkpoint_format=checkpoint_format,
+        ckpt_dir, tokenizer_path, runtime, model_parallel_size, host=host, port=port, model_id=model_id, seed=seed,
+        api_key=api_key, max_queue=max_queue, device=device, dtype=dtype, checkpoint_format=checkpoint_format,
     )  # fmt: skip
 
 

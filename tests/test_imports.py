@@ -31,6 +31,9 @@ TORCH_FREE = (
     "codellama.server.faults",
     "codellama.server.service",
     "codellama.server.address",
+    "codellama.server.group",
+    "codellama.server.proxy",
+    "codellama.server.totals",
 )
 # One fresh interpreter; each import happens in a fork of it, so that none is helped by the one before.
 PROGRAM = """

@@ -113,12 +113,12 @@ class Running(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it, or stop at once when nobody listens any more."""
         work = asyncio.create_task(self._events(send) if self._stream else self._whole(scope, receive, send))
-        gone = asyncio.create_task(_gone(receive))
+        left = asyncio.create_task(gone(receive))
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._run.close()
-            unfinished = [task for task in (work, gone) if not task.done()]
+            unfinished = [task for task in (work, left) if not task.done()]
             for task in unfinished:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
@@ -134,14 +134,14 @@ class Running(Response):
         except BrokenAnswerError as error:
             response: Response = tell(error)
         else:
-            response = Response(_dump(self._answer.whole()), media_type="application/json")
+            response = Response(dump(self._answer.whole()), media_type="application/json")
         await response(scope, receive, send)
 
     async def _events(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         for chunk in self._answer.openings():
-            await _send(send, f"data: {_dump(chunk)}\n\n")
+            await _send(send, f"data: {dump(chunk)}\n\n")
         if not any(self._answer.openings()):
             await _send(send, ": keep-alive\n\n")  # else the headers would wait for the first piece
         try:
@@ -152,16 +152,16 @@ class Running(Response):
                     await _send(send, ": keep-alive\n\n")
                     continue
                 for chunk in self._answer.push(index, delta):
-                    await _send(send, f"data: {_dump(chunk)}\n\n")
+                    await _send(send, f"data: {dump(chunk)}\n\n")
             for chunk in self._answer.closing():
-                await _send(send, f"data: {_dump(chunk)}\n\n")
+                await _send(send, f"data: {dump(chunk)}\n\n")
         except BrokenAnswerError as error:
-            await _send(send, f"data: {_dump(error_body(500, str(error)))}\n\n")
+            await _send(send, f"data: {dump(error_body(500, str(error)))}\n\n")
         await _send(send, "data: [DONE]\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _gone(receive: Receive) -> None:
+async def gone(receive: Receive) -> None:
     """Wait until the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -171,5 +171,6 @@ async def _send(send: Send, text: str) -> None:
     await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
 
-def _dump(value: dict[str, Any]) -> str:
+def dump(value: dict[str, Any]) -> str:
+    """Write JSON as it is sent."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
