@@ -1,7 +1,7 @@
 """Before several replicas: an app that hands each request to the least busy of them, and their answers back.
 
 Replicas are servers of their own; it knows where they listen and the key that they want, and nothing of what is asked
-or answered: bytes come in and go out as they are, piece by piece.
+or answered: bytes come in and go out as they are, streams piece by piece.
 """
 
 import asyncio
@@ -116,11 +116,10 @@ class Proxy:
             await fault_response(400, "the path is no path")(scope, receive, send)
             return
         exchange = _Exchange(self._client, replica, url, self._authorization, scope, body, send)
-        replica.in_flight += 1
         try:
             work, _, broken = await _first(exchange.run(), gone(receive), self._broken.wait())
         finally:
-            replica.in_flight -= 1
+            exchange.leave()
         if work is not None and not work.cancelled():
             work.result()  # what went wrong in it is ours to raise
         elif broken is not None:
@@ -175,6 +174,8 @@ class _Exchange:
         headers.append((b"authorization", authorization))
         self._request = httpx2.Request(scope["method"], url, headers=headers, content=body)
         self._client, self._replica, self._send, self._scope = client, replica, send, scope
+        self._replica.in_flight += 1
+        self._is_there = True
         self._is_stream = False
         self._started = False
         self._tail = b"\n\n"
@@ -191,6 +192,11 @@ class _Exchange:
             logger.error("replica %s cannot be reached: %s", self._replica.name, type(error).__name__)
             await self.break_off(f"replica {self._replica.name} cannot be reached")
 
+    def leave(self) -> None:
+        """Count as busy no more; harmless when repeated."""
+        self._replica.in_flight -= self._is_there
+        self._is_there = False
+
     async def break_off(self, message: str) -> None:
         """End the answer with an error, as far as that is still possible."""
         if not self._started:
@@ -199,17 +205,25 @@ class _Exchange:
             apart = b"" if self._tail.endswith(b"\n\n") else b"\n\n"
             event = f"data: {dump(error_body(500, message))}\n\ndata: [DONE]\n\n".encode()
             await self._send({"type": "http.response.body", "body": apart + event, "more_body": False})
-        # else the body stays too short, which the client sees
+        # else only a piece of a whole answer is missing, and the closed connection tells
 
     async def _pass_on(self, response: httpx2.Response) -> None:
         headers = [pair for pair in _end_to_end(response.headers.raw) if pair[0] != b"date"]  # uvicorn writes its own
         self._is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-        self._started = True
-        await self._send({"type": "http.response.start", "status": response.status_code, "headers": headers})
-        async for piece in response.aiter_raw():
-            self._tail = (self._tail + piece)[-2:]
-            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
+        last = b""
+        if self._is_stream:
+            self._started = True
+            await self._send(start)
+            async for piece in response.aiter_raw():
+                self._tail = (self._tail + piece)[-2:]
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        else:
+            last = b"".join([piece async for piece in response.aiter_raw()])
+            self._started = True
+            await self._send(start)
+        self.leave()  # before the client can ask for more
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 def _url_of(replica: Replica, scope: Scope) -> httpx2.URL | None:
