@@ -75,10 +75,18 @@ class Watch:
         self._expecting = ExitStack()
         self._lock = threading.Lock()
         self._told = False
+        self._thread: threading.Thread | None
         if self._channel.is_leader:
             self._expecting.enter_context(self._channel.expecting())  # every rank is to be there until it is told
+            self._thread = None
         else:
-            threading.Thread(target=self._listen, name="watch", daemon=True).start()
+            self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
+            self._thread.start()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the word, which is on its way: Python cannot end well while a thread waits inside a collective."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def stop_all(self) -> None:
         """Let every other rank stop, on world rank 0; harmless when repeated, and where a rank is gone."""

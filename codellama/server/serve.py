@@ -13,13 +13,14 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from codellama.assembly import Parts, assemble
 from codellama.config import RuntimeArgs
-from codellama.errors import CodeLlamaError, RankError
+from codellama.errors import RankError
 from codellama.parallel import replica_size
 from codellama.server.app import make_app
 from codellama.server.group import Watch, inner_listener, meet, url_of
@@ -53,8 +54,10 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; under torchrun, a call of all ranks.
 
+    Where a group that serves loses a rank, or its model fails, this ends the process, with one line and status 1.
+
     Raises:
-        CodeLlamaError: the model cannot be loaded, it failed, or another rank is gone.
+        CodeLlamaError: the model cannot be loaded, or it failed.
         ParallelSizeError: model_parallel_size does not divide the number of processes.
         OSError: the port is taken.
     """
@@ -101,6 +104,7 @@ class Part:
         self._n_replicas, self._leads = n_replicas, leads
         self._service = EngineService(self._build, runtime, on_end=self._leave)
         self._over = threading.Event()
+        self._is_group = False
         self._outer: _Server | None = None
         self._proxy = Proxy(n_replicas) if n_replicas > 1 else None
         self._listener = inner_listener() if n_replicas > 1 and leads else None
@@ -120,8 +124,7 @@ class Part:
             self._stop()
             self._close()
             listener.close()
-        if self._service.error is not None:
-            raise self._service.error
+        self._raise()
 
     def serve_group(self) -> None:
         """Be another rank: lead a replica or follow, until world rank 0 says that all is over, or is gone."""
@@ -129,10 +132,12 @@ class Part:
         with _handling((signal.SIGTERM, signal.SIGINT), self._leave_unless_serving):
             self._service.start()
             self._over.wait()
-            self._service.stop()
+            if self._leads or self._service.error is None:  # else its leader may not even know yet that it is over
+                self._service.stop()
             self._close()
-        if self._service.error is not None:
-            raise self._service.error
+            if self._service.error is None and self._watch is not None:
+                self._watch.join(LOST_GRACE)
+        self._raise()
 
     def _build(self) -> Parts:
         """Load and meet the others, in the engine's thread."""
@@ -144,7 +149,19 @@ class Part:
             if self._proxy is not None:
                 self._proxy.open(urls, token)
             self._watch = Watch(parts.parallel, self._leave, self._lose)
+        self._is_group = parts.parallel.world is not None
         return parts
+
+    def _raise(self) -> None:
+        """Raise what went wrong. Where threads may wait for others for ever, Python would abort: end without its help.
+
+        That is so where a group has begun to serve; a group that could not load has nobody who waits.
+        """
+        error = self._service.error
+        if error is not None and self._is_group:
+            _give_up(error)
+        if error is not None:
+            raise error
 
     def _open(self, listener: socket.socket, token: str) -> None:
         """Start the replica's own server."""
@@ -242,6 +259,7 @@ def _handling(numbers: tuple[signal.Signals, ...], act: Callable[[], None]) -> I
             signal.signal(number, handler)
 
 
-def _give_up(error: CodeLlamaError) -> None:
+def _give_up(error: BaseException) -> NoReturn:
     logger.critical("%s", error)
+    logging.shutdown()
     os._exit(1)

@@ -167,6 +167,8 @@ class EngineService:
             with parts.parallel.as_replica().together():
                 if parts.parallel.is_leader:
                     parts.engine.loop()
+                    if self.error is not None:  # it came from outside, and those that follow are to know
+                        raise self.error
                 else:
                     parts.engine.follow()
         except RankError as error:  # one line says it all, and the main thread writes it
