@@ -5,6 +5,7 @@ Arguments in, a Generator's parts out, the same on all ranks. It knows nothing o
 
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from codellama.cache import KVCache
 from codellama.checkpoint import load_model, open_checkpoint
 from codellama.config import RuntimeArgs
 from codellama.device import choose_device, choose_dtype, free_memory, use_device
+from codellama.errors import RankError
 from codellama.generation.engine import Engine
 from codellama.generation.prompt import PromptMaker
 from codellama.generation.runner import Runner
@@ -52,8 +54,9 @@ def assemble(
     rope_theta: float | None,
     checkpoint_format: str | None,
     progress: bool | None,
+    on_lost: Callable[[RankError], None] | None = None,
 ) -> Parts:
-    """Load a checkpoint and make all that generates with it; the arguments are those of `Llama.build`.
+    """Load a checkpoint and make all that generates with it; the arguments are those of `Llama.build` and `join`.
 
     Raises:
         CheckpointError: the files are not what they should be.
@@ -64,7 +67,7 @@ def assemble(
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     use_device(place)
-    parallel = join(model_parallel_size, place)
+    parallel = join(model_parallel_size, place, on_lost)
     first = parallel.world_rank == 0
     if ckpt_dir is None and first:
         logger.info("no ckpt_dir given: using the bundled demo checkpoint, a small model that is not Meta's")

@@ -84,9 +84,20 @@ def one_line(error: Exception) -> str:
 class Channel:
     """From the first member of a group to the others. Ranks are world ranks."""
 
-    def __init__(self, group: dist.ProcessGroup, members: Sequence[int]) -> None:
-        """Open the channel on every member; the leader's starts to send idle messages."""
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        members: Sequence[int],
+        on_lost: Callable[[RankError], None] | None = None,
+    ) -> None:
+        """Open the channel on every member; the leader's starts to send idle messages.
+
+        Args:
+            on_lost: called on the leader, in the thread of the idle messages, when a follower has died; None ends this
+                process by SIGTERM.
+        """
         self._group = group
+        self._on_lost = on_lost
         self._members = list(members)
         self._leader = self._members[0]
         self._rank = dist.get_rank()
@@ -278,8 +289,13 @@ class Channel:
 
     def _end(self, error: RuntimeError) -> None:
         """End this process if a follower died; one that left its script in peace did not, nor one already missed."""
-        if self._lost is None and (self._heard or self._expecting):
-            logger.critical("%s", self._gone("a follower", error))
+        if self._lost is not None or not (self._heard or self._expecting):
+            return
+        gone = self._gone("a follower", error)
+        if self._on_lost is not None:
+            self._on_lost(gone)
+        else:
+            logger.critical("%s", gone)
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -14,7 +14,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -64,6 +64,10 @@ class Parallel:
     def is_leader(self) -> bool:
         """True on the rank that decides tokens for its replica."""
         return self.rank == 0
+
+    def as_replica(self) -> "Parallel":
+        """This place with its replica as its whole world: for replicas that work without each other."""
+        return replace(self, n_replicas=1, world=self.channel)
 
     def check_divides(self, args: ModelArgs) -> None:
         """Refuse a model that cannot be split over this many ranks.
@@ -205,7 +209,24 @@ class Parallel:
                     unwrap(found)
 
 
-def join(model_parallel_size: int | None, device: torch.device) -> Parallel:
+def replica_size(model_parallel_size: int | None, world_size: int) -> int:
+    """Say how many ranks share one copy of the weights; None means all of them.
+
+    Raises:
+        ParallelSizeError: the size does not divide the world.
+    """
+    size = world_size if model_parallel_size is None else model_parallel_size
+    if size < 1 or world_size % size:
+        raise ParallelSizeError(
+            f"model_parallel_size {size} does not fit {world_size} processes: start a multiple of it, "
+            f"torchrun --nproc_per_node {max(size, 1)} …"
+        )
+    return size
+
+
+def join(
+    model_parallel_size: int | None, device: torch.device, on_lost: Callable[[RankError], None] | None = None
+) -> Parallel:
     """Find this process's place: alone in plain Python, or under torchrun one of WORLD_SIZE.
 
     A world of one uses no process group and no port. A caller's own default process group is used where there is one.
@@ -214,18 +235,14 @@ def join(model_parallel_size: int | None, device: torch.device) -> Parallel:
     Args:
         model_parallel_size: ranks that share one copy of the weights; None means all of them.
         device: where the collectives of the model run: NCCL on CUDA where it is built in, gloo elsewhere.
+        on_lost: what a leader does when a follower has died, in place of ending its process by SIGTERM; see Channel.
 
     Raises:
         ParallelSizeError: the size does not divide the world.
     """
     in_group = dist.is_available() and dist.is_initialized()
     world_size = dist.get_world_size() if in_group else int(os.environ.get("WORLD_SIZE", "1"))
-    size = world_size if model_parallel_size is None else model_parallel_size
-    if size < 1 or world_size % size:
-        raise ParallelSizeError(
-            f"model_parallel_size {size} does not fit {world_size} processes: start a multiple of it, "
-            f"torchrun --nproc_per_node {max(size, 1)} …"
-        )
+    size = replica_size(model_parallel_size, world_size)
     if world_size == 1:
         return Parallel()
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
@@ -242,11 +259,11 @@ def join(model_parallel_size: int | None, device: torch.device) -> Parallel:
         made = dist.new_group(members, backend=backend) if size > 1 else None
         control = dist.new_group(members, backend="gloo", timeout=CONTROL_TIMEOUT) if size > 1 else None
         if index == replica:
-            group, channel = made, Channel(control, members) if control is not None else None
+            group, channel = made, Channel(control, members, on_lost) if control is not None else None
     everyone = list(range(world_size))
     world = channel
     if n_replicas > 1:
-        world = Channel(dist.new_group(everyone, backend="gloo", timeout=CONTROL_TIMEOUT), everyone)
+        world = Channel(dist.new_group(everyone, backend="gloo", timeout=CONTROL_TIMEOUT), everyone, on_lost)
     parallel = Parallel(rank, size, replica, n_replicas, group, channel, world)
     if backend == "nccl" and world is not None:
         gpu = str(torch.cuda.get_device_properties(device).uuid)

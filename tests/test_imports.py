@@ -42,6 +42,9 @@ TORCH_FREE = (
     "codellama.server.record",
     "codellama.server.settings",
     "codellama.server.safety",
+    "codellama.server.group",
+    "codellama.server.proxy",
+    "codellama.server.totals",
 )
 # One fresh interpreter; each import happens in a fork of it, so that none is helped by the one before.
 PROGRAM = """

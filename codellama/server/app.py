@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp
 
 from codellama import __version__
 from codellama.errors import CodeLlamaError, PromptError
@@ -53,9 +54,7 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
     """Make the ASGI app; its host and port are for others to listen on."""
     metrics = Metrics(service, settings.model_id)
     app = FastAPI(title="codellama", version=__version__, docs_url=None, redoc_url=None, responses=REFUSALS)
-    app.add_middleware(Guard, api_key=settings.api_key, max_body=settings.max_body)
-    if settings.cors:  # outside of the guard: a browser asks for permission without a key
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(admitting, settings=settings)
     app.add_middleware(AccessLog, metrics=metrics)
     for kind in (CodeLlamaError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _tell)
@@ -95,6 +94,15 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
         return {"prompt": text, "content": text}
 
     return app
+
+
+def admitting(app: ASGIApp, settings: Settings) -> ASGIApp:
+    """Put in front of an app what decides who may ask, from where, and how much at once."""
+    guard = Guard(app, settings.api_key, settings.max_body)
+    if not settings.cors:
+        return guard
+    # Outside of the guard: a browser asks for permission without a key.
+    return CORSMiddleware(guard, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
 
 
 def _routes(service: Service, settings: Settings) -> APIRouter:

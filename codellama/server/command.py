@@ -23,6 +23,7 @@ def serve(
     api_key_file: str | None = None,
     force: bool = False,
     cors: str | None = None,
+    model_parallel_size: int | None = None,
     max_queue: int = 64,
     timeout: float | None = None,
     log_prompts: bool = False,
@@ -46,11 +47,12 @@ def serve(
         api_key (KEY): what clients must bring; without it, the variable CODELLAMA_API_KEY, else everybody is served.
         api_key_file (FILE): holds the key in its first line, where no one reads it off the command line.
         force: listen on a public address without a key.
+        model_parallel_size: processes that share one copy of the weights; without it, all of them.
         cors (ORIGINS): pages of which origins may ask from a browser, with commas between; * is all.
         max_queue: prompts that may wait, beside those that run.
         timeout (SECONDS): what an answer may take at most; without it, as long as it needs.
         log_prompts: write what is asked and answered to the log, too.
-        safety (MODULE:FUNCTION): reads what is asked and answered, and may refuse it; see docs/safety.md.
+        safety (HOOK): MODULE:FUNCTION that reads what is asked and answered, and may refuse it; see docs/safety.md.
         model_id (NAME): what clients see as the name of the model.
         max_batch_size: answers that are generated at once.
         chunk_size: tokens of a prompt that are read between two steps of the others.
@@ -82,6 +84,6 @@ def serve(
     from codellama.server.serve import serve
 
     serve(
-        ckpt_dir, tokenizer_path, runtime, settings,
+        ckpt_dir, tokenizer_path, runtime, settings, model_parallel_size,
         device=device, dtype=dtype, seed=seed, checkpoint_format=checkpoint_format,
     )  # fmt: skip

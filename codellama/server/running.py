@@ -172,14 +172,14 @@ class Running(Response):
         work = asyncio.create_task(
             self._events(send, record) if self._stream else self._whole(scope, receive, send, record)
         )
-        gone = asyncio.create_task(_gone(receive))
+        left = asyncio.create_task(gone(receive))
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not work.done():
                 record.ends.append("gone")
             self._run.close()
-            unfinished = [task for task in (work, gone) if not task.done()]
+            unfinished = [task for task in (work, left) if not task.done()]
             for task in unfinished:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
@@ -205,14 +205,14 @@ class Running(Response):
             record.ends.append(type(error).__name__)
             response: Response = tell(error)
         else:
-            response = Response(_dump(self._answer.whole()), media_type="application/json")
+            response = Response(dump(self._answer.whole()), media_type="application/json")
         await response(scope, receive, send)
 
     async def _events(self, send: Send, record: Record) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         for chunk in self._answer.openings():
-            await _send(send, f"data: {_dump(chunk)}\n\n")
+            await _send(send, f"data: {dump(chunk)}\n\n")
         if not any(self._answer.openings()):
             await _send(send, ": keep-alive\n\n")  # else the headers would wait for the first piece
         try:
@@ -223,16 +223,16 @@ class Running(Response):
                     await _send(send, ": keep-alive\n\n")
                     continue
                 for chunk in chunks:
-                    await _send(send, f"data: {_dump(chunk)}\n\n")
+                    await _send(send, f"data: {dump(chunk)}\n\n")
             for chunk in self._answer.closing():
-                await _send(send, f"data: {_dump(chunk)}\n\n")
+                await _send(send, f"data: {dump(chunk)}\n\n")
         except BrokenAnswerError as error:
             record.ends.append(type(error).__name__)
-            await _send(send, f"data: {_dump(error_body(error.status, str(error)))}\n\n")
+            await _send(send, f"data: {dump(error_body(error.status, str(error)))}\n\n")
         await send({"type": "http.response.body", "body": self._answer.done.encode(), "more_body": False})
 
 
-async def _gone(receive: Receive) -> None:
+async def gone(receive: Receive) -> None:
     """Wait until the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -242,5 +242,6 @@ async def _send(send: Send, text: str) -> None:
     await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
 
-def _dump(value: Any) -> str:
+def dump(value: Any) -> str:
+    """Write JSON as it is sent."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -1,6 +1,7 @@
 """Start the server: a socket, the app on it, and the engine's thread; and end all three in order.
 
-It knows nothing of what is asked or answered.
+Under torchrun each process has a part: world rank 0 listens where clients ask; each leader of a replica runs an engine,
+and where there are several, an inner server for it; the others follow. It knows nothing of what is asked or answered.
 """
 
 import contextlib
@@ -10,20 +11,31 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from types import FrameType
+from typing import NoReturn
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from codellama.assembly import Parts, assemble
 from codellama.config import RuntimeArgs
-from codellama.errors import ParallelSizeError
-from codellama.server.app import make_app
+from codellama.errors import RankError
+from codellama.parallel import replica_size
+from codellama.server.app import admitting, make_app
 from codellama.server.banner import write_banner
+from codellama.server.group import Watch, inner_listener, meet, url_of
+from codellama.server.proxy import KEEP_SECONDS, Proxy
 from codellama.server.service import EngineService
 from codellama.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 GRACE = 10  # seconds that running answers get after SIGTERM
+LOST_GRACE = 5  # seconds to say so and to end in order when another process is gone
+
+Build = Callable[[], Parts]
 
 
 def serve(
@@ -31,69 +43,185 @@ def serve(
     tokenizer_path: str | None,
     runtime: RuntimeArgs,
     settings: Settings,
+    model_parallel_size: int | None,
     *,
     device: str | None,
     dtype: str | None,
     seed: int | None,
     checkpoint_format: str | None,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; under torchrun, world rank 0 serves and the others follow.
+    """Serve until SIGTERM or Ctrl-C; under torchrun, a call of all ranks.
+
+    Where a group that serves loses a rank, or its model fails, this ends the process, with one line and status 1.
 
     Raises:
         CodeLlamaError: the model cannot be loaded, or it failed.
+        ParallelSizeError: model_parallel_size does not divide the number of processes.
         OSError: the port is taken.
     """
+    world_size, world_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    size = replica_size(model_parallel_size, world_size)
 
-    def build() -> Parts:
-        parts = assemble(
-            ckpt_dir, tokenizer_path, runtime, None, device, dtype, seed, None, checkpoint_format, None
+    def load(on_lost: Callable[[RankError], None]) -> Parts:
+        return assemble(
+            ckpt_dir, tokenizer_path, runtime, size, device, dtype, seed, None, checkpoint_format, None, on_lost
         )  # fmt: skip
-        if parts.parallel.n_replicas > 1:
-            raise ParallelSizeError("a server runs one copy of the weights; start one for each copy")
+
+    part = Part(load, runtime, settings, n_replicas=world_size // size, leads=world_rank % size == 0)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # the proxy's client would write a line for each request
+    if world_rank == 0:
+        part.serve_clients(_listen(settings.host, settings.port))
+    else:
+        part.serve_group()
+
+
+class Part:
+    """What one process does for the server, from its start to its end."""
+
+    def __init__(
+        self,
+        load: Callable[[Callable[[RankError], None]], Parts],
+        runtime: RuntimeArgs,
+        settings: Settings,
+        *,
+        n_replicas: int,
+        leads: bool,
+    ) -> None:
+        """Prepare; nothing is loaded.
+
+        Args:
+            load: makes the parts; it is given what to call when another rank has died.
+            n_replicas: copies of the weights in the group.
+            leads: this rank is the leader of one.
+        """
+        self._load, self._settings = load, settings
+        self._n_replicas, self._leads = n_replicas, leads
+        self._service = EngineService(self._build, runtime, on_end=self._leave, on_ready=self._greet)
+        self._greeting: Callable[[Parts], str] | None = None
+        self._over = threading.Event()
+        self._is_group = False
+        self._outer: _Server | None = None
+        self._proxy = Proxy(n_replicas) if n_replicas > 1 else None
+        self._listener = inner_listener() if n_replicas > 1 and leads else None
+        self._inner: tuple[_Server, threading.Thread] | None = None
+        self._watch: Watch | None = None
+
+    def serve_clients(self, listener: socket.socket) -> None:
+        """Be world rank 0: listen at once, load meanwhile, and serve."""
+        settings = self._settings
+        app = make_app(self._service, settings) if self._proxy is None else admitting(self._proxy, settings)
+        self._outer = server = _Server(app, cut=self._stop)
+        host, port = listener.getsockname()[:2]
+        logger.info("serving on http://%s:%d/v1 when the model is loaded", f"[{host}]" if ":" in host else host, port)
+        self._greeting = partial(write_banner, settings=settings, host=host, port=port)
+        self._service.start()
+        try:
+            with _handling((signal.SIGTERM,), _nothing):  # uvicorn raises it once more when it has shut down
+                server.run(sockets=[listener])
+        finally:
+            self._stop()
+            self._close()
+            listener.close()
+        self._raise()
+
+    def serve_group(self) -> None:
+        """Be another rank: lead a replica or follow, until world rank 0 says that all is over, or is gone."""
+        # torchrun sends signals to all: where answers run, world rank 0's word is awaited, which gives them their grace
+        with _handling((signal.SIGTERM, signal.SIGINT), self._leave_unless_serving):
+            self._service.start()
+            self._over.wait()
+            if self._leads or self._service.error is None:  # else its leader may not even know yet that it is over
+                self._service.stop()
+            self._close()
+            if self._service.error is None and self._watch is not None:
+                self._watch.join(LOST_GRACE)
+        self._raise()
+
+    def _greet(self, parts: Parts) -> None:
+        """Say that requests are answered, on world rank 0."""
+        if self._greeting is not None:
+            logger.info("%s", self._greeting(parts))
+
+    def _build(self) -> Parts:
+        """Load and meet the others, in the engine's thread."""
+        parts = self._load(self._lose)
+        if self._n_replicas > 1:
+            urls, token = meet(parts.parallel, None if self._listener is None else url_of(self._listener))
+            if self._listener is not None:
+                self._open(self._listener, token)
+            if self._proxy is not None:
+                self._proxy.open(urls, token)
+            self._watch = Watch(parts.parallel, self._leave, self._lose)
+        self._is_group = parts.parallel.world is not None
         return parts
 
-    if os.environ.get("RANK", "0") != "0":
-        parts = build()
-        with _graceful(), parts.parallel.together():  # torchrun sends SIGTERM to all: the leader's word is awaited
-            parts.engine.follow()
-        return
-    serve_parts(build, runtime, settings)
+    def _raise(self) -> None:
+        """Raise what went wrong. Where threads may wait for others for ever, Python would abort: end without its help.
+
+        That is so where a group has begun to serve; a group that could not load has nobody who waits.
+        """
+        error = self._service.error
+        if error is not None and self._is_group:
+            _give_up(error)
+        if error is not None:
+            raise error
+
+    def _open(self, listener: socket.socket, token: str) -> None:
+        """Start the replica's own server."""
+        server = _Server(make_app(self._service, replace(self._settings, api_key=token, cors=())))
+        thread = threading.Thread(target=partial(server.run, sockets=[listener]), name="inner server", daemon=True)
+        self._inner = server, thread
+        thread.start()
+
+    def _stop(self) -> None:
+        """End all replicas' answers now, on world rank 0."""
+        if self._watch is not None and not self._over.is_set():
+            self._watch.stop_all()
+        self._service.stop()
+
+    def _close(self) -> None:
+        """End the inner server, whose answers have ended."""
+        if self._inner is not None:
+            server, thread = self._inner
+            server.should_exit = True
+            thread.join(LOST_GRACE)
+        elif self._listener is not None:
+            self._listener.close()
+
+    def _lose(self, error: RankError) -> None:
+        """End this process because another one is gone: every answer says so, and nothing is waited for in vain."""
+        deadline = threading.Timer(LOST_GRACE, _give_up, [error])  # a thread may wait for the one that is gone
+        deadline.daemon = True
+        deadline.start()
+        self._service.fail(error)
+        if self._proxy is not None:
+            self._proxy.fail("a process of the server is gone")
+        self._leave()
+
+    def _leave_unless_serving(self) -> None:
+        if self._service.status().state == "loading":
+            self._leave()
+
+    def _leave(self) -> None:
+        """Let the main thread end this process."""
+        self._over.set()
+        if self._outer is not None:
+            self._outer.should_exit = True
 
 
-def serve_parts(build: Callable[[], Parts], runtime: RuntimeArgs, settings: Settings) -> None:
-    """Listen at once, load meanwhile, and serve; arguments and errors are those of `serve`."""
-    listener = _listen(settings.host, settings.port)
-    host, port = listener.getsockname()[:2]
-
-    def leave() -> None:
-        server.should_exit = True
-
-    def greet(parts: Parts) -> None:
-        logger.info("%s", write_banner(parts, settings, host, port))
-
-    service = EngineService(build, runtime, on_end=leave, on_ready=greet)
-    app = make_app(service, settings)
-    last = GRACE + 5  # by then a running answer has been cut, and has said so
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=last, server_header=False
-    )  # fmt: skip
-    server = _Server(config, cut=service.stop)
-    logger.info("serving on http://%s:%d/v1 when the model is loaded", f"[{host}]" if ":" in host else host, port)
-    service.start()
-    try:
-        with _graceful():
-            server.run(sockets=[listener])
-    finally:
-        service.stop()
-        listener.close()
-    if service.error is not None:
-        raise service.error
+def _nothing() -> None:
+    """Go on."""
 
 
 class _Server(uvicorn.Server):
-    """Cuts the answers that still run when the grace is over."""
+    """Cuts the answers that still run when the grace is over; the second signal ends the process at once."""
 
-    def __init__(self, config: uvicorn.Config, cut: Callable[[], None]) -> None:
+    def __init__(self, app: ASGIApp, cut: Callable[[], None] = _nothing) -> None:
+        last = GRACE + 5  # by then a running answer has been cut, and has said so
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="on", ws="none", timeout_graceful_shutdown=last,
+            timeout_keep_alive=2 * int(KEEP_SECONDS), server_header=False,
+        )  # fmt: skip
         super().__init__(config)
         self._cut = cut
 
@@ -105,6 +233,10 @@ class _Server(uvicorn.Server):
         finally:
             timer.cancel()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        signal.signal(sig, signal.SIG_DFL)
+        super().handle_exit(sig, frame)
+
 
 def _listen(host: str, port: int) -> socket.socket:
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -115,10 +247,22 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _graceful() -> Iterator[None]:
-    """Make SIGTERM a way to end, not to die of: uvicorn raises it once more when it has shut down."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+def _handling(numbers: tuple[signal.Signals, ...], act: Callable[[], None]) -> Iterator[None]:
+    """Do this at the first of these signals; the second one ends the process at once, as if nobody handled it."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        act()
+
+    before = [(number, signal.signal(number, handle)) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _give_up(error: BaseException) -> NoReturn:
+    logger.critical("%s", error)
+    logging.shutdown()
+    os._exit(1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from codellama.config import RuntimeArgs
-from codellama.errors import CodeLlamaError
+from codellama.errors import CodeLlamaError, RankError
 from codellama.generation.prompt import Prompt, PromptMaker
 from codellama.generation.request import Delta, Request
 from codellama.tokenizer import Tokenizer
@@ -68,7 +68,10 @@ class Service(Protocol):
 
 
 class EngineService:
-    """A service on an engine of this process, which one thread loads and then steps."""
+    """A service on an engine of this process, which one thread loads and then steps.
+
+    On a rank that is no leader, that thread follows instead, and nothing can be submitted.
+    """
 
     def __init__(
         self,
@@ -82,7 +85,8 @@ class EngineService:
         Args:
             build: makes the parts, in the thread that will run them.
             runtime: what the parts will have.
-            on_end: called from the thread when no model could be loaded.
+            on_end: called from the thread when no model could be loaded; where there are other ranks, also when the
+                model failed, since the group then ends, and on those that follow when their leader lets them go.
             on_ready: called from the thread when requests are answered.
         """
         self._build = build
@@ -112,6 +116,15 @@ class EngineService:
         if parts is not None:
             parts.engine.stop()
             self._thread.join(patience)
+
+    def fail(self, error: CodeLlamaError) -> None:
+        """End everything for a reason outside of the engine, such as a process that is gone; safe from any thread."""
+        with self._lock:
+            if self.error is None:
+                self.error = error
+            self._state = "failed"
+            if self._parts is not None:
+                self._parts.engine.stop()
 
     @property
     def prompts(self) -> PromptMaker:
@@ -157,21 +170,30 @@ class EngineService:
         try:
             parts = self._build()
         except BaseException as error:  # whatever it is: the main thread tells it, and ends the process
-            self.error, self._state = error, "failed"
+            self.error, self._state = self.error or error, "failed"
             self._on_end()
             return
         with self._lock:
-            if self._state == "stopped":
+            if self._state != "loading":  # nobody waits for it any more
                 return
             self._parts, self._state = parts, "ready"
         self._on_ready(parts)
-        end: State = "stopped"
         try:
-            with parts.parallel.together():
-                parts.engine.loop()
+            with parts.parallel.as_replica().together():
+                if parts.parallel.is_leader:
+                    parts.engine.loop()
+                    if self.error is not None:  # it came from outside, and those that follow are to know
+                        raise self.error
+                else:
+                    parts.engine.follow()
+        except RankError as error:  # one line says it all, and the main thread writes it
+            self.error = self.error or error
         except BaseException as error:  # all requests have been told; /health tells everybody else
-            logger.exception("the model failed, and answers nothing from now on")
-            self.error, end = error, "failed"
+            if parts.parallel.is_leader:
+                logger.exception("the model failed, and answers nothing from now on")
+            self.error = self.error or error
         with self._lock:
-            self._state = end
+            self._state = "stopped" if self.error is None else "failed"
         parts.engine.close()  # what came in between ends here
+        if parts.parallel.world is not None and (self.error is not None or not parts.parallel.is_leader):
+            self._on_end()
