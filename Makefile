@@ -26,6 +26,7 @@ bench: .venv/dev  ## small benchmarks; each prints a table and one line of JSON
 	.venv/bin/python -m benchmarks.decode
 	.venv/bin/python -m benchmarks.memory
 	.venv/bin/python -m benchmarks.load
+	.venv/bin/python -m benchmarks.serving
 
 clients: .venv/dev  ## real clients against the server; needs a package index
 	.venv/bin/python -m tests.clients.run

@@ -14,7 +14,9 @@ from codellama.config import ModelArgs
 from codellama.model import Transformer
 
 SHAPES = {
+    "tiny": {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 8192},
     "small": {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 32016},
+    "207m": {"dim": 1024, "n_layers": 12, "n_heads": 16, "n_kv_heads": 8, "vocab_size": 32016},
     "953m": {"dim": 2048, "n_layers": 16, "n_heads": 16, "vocab_size": 32016},
     "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32016},
 }

@@ -1,4 +1,7 @@
-"""A short and a long prompt together against the long one alone: mixed lengths must not cost a pass per token.
+"""What rows of different lengths cost each other.
+
+prefill: a short and a long prompt together against the long one alone; mixed lengths must not cost a pass per token.
+idle row: a step of two short rows around a long one that has ended, against the same around a short one.
 
 python -m benchmarks.mixed
 """
@@ -6,10 +9,12 @@ python -m benchmarks.mixed
 from collections.abc import Sequence
 
 import fire
+import torch
 
 from benchmarks.decode import new_engine
 from benchmarks.machine import best_seconds, random_model, report
 from codellama.device import choose_device, choose_dtype
+from codellama.model import Transformer
 
 
 def mixed(
@@ -32,8 +37,25 @@ def mixed(
     for _ in range(repeats):
         alone = min(alone, best_seconds(lambda: run([max(prompts)]), place, 1))
         together = min(together, best_seconds(lambda: run(prompts), place, 1))
-    row = {"alone_ms": 1000 * alone, "together_ms": 1000 * together, "ratio": together / alone}
-    report("mixed", {"shape": shape, "prompts": list(prompts), "new_tokens": new_tokens}, [row])
+    short, long = (
+        min(step_around(model, length, new_tokens, place) for _ in range(2)) for length in (8, 4 * max(prompts))
+    )
+    rows = [
+        {"case": "prefill", "alone_ms": 1000 * alone, "together_ms": 1000 * together, "ratio": together / alone},
+        {"case": "idle row", "alone_ms": 1000 * short, "together_ms": 1000 * long, "ratio": long / short},
+    ]
+    report("mixed", {"shape": shape, "prompts": list(prompts), "new_tokens": new_tokens}, rows)
+
+
+def step_around(model: Transformer, length: int, new_tokens: int, device: torch.device) -> float:
+    """Shortest time of a step in which the first and the last of three rows decode, the one between having ended."""
+    engine, requests = new_engine(model, [8, length, 8], new_tokens)
+    for request in requests:
+        engine.submit(request)
+    while not all(request.output for request in requests):
+        engine.step()
+    engine.cancel(requests[1])  # after one decode step for each of its chunks, of 512
+    return best_seconds(engine.step, device, new_tokens // 2)
 
 
 if __name__ == "__main__":
