@@ -146,6 +146,11 @@ class EngineService:
         """See Service."""
         return Status(self._state, self._runtime.max_seq_len, self._runtime.max_batch_size)
 
+    @property
+    def began(self) -> bool:
+        """True from when the model was loaded and its thread began to run it."""
+        return self._parts is not None
+
     def _ready(self) -> "Parts":
         if self._state != "ready" or self._parts is None:
             raise NotReadyError(f"the model is not ready: it is {self._state}")
