@@ -67,7 +67,8 @@ def serve(
             ckpt_dir, tokenizer_path, runtime, size, device, dtype, seed, None, checkpoint_format, None, on_lost
         )  # fmt: skip
 
-    part = Part(load, runtime, settings, n_replicas=world_size // size, leads=world_rank % size == 0)
+    leads, is_group = world_rank % size == 0, world_size > 1
+    part = Part(load, runtime, settings, n_replicas=world_size // size, leads=leads, is_group=is_group)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # the proxy's client would write a line for each request
     if world_rank == 0:
         part.serve_clients(_listen(settings.host, settings.port))
@@ -86,6 +87,7 @@ class Part:
         *,
         n_replicas: int,
         leads: bool,
+        is_group: bool,
     ) -> None:
         """Prepare; nothing is loaded.
 
@@ -93,13 +95,13 @@ class Part:
             load: makes the parts; it is given what to call when another rank has died.
             n_replicas: copies of the weights in the group.
             leads: this rank is the leader of one.
+            is_group: there are other ranks.
         """
         self._load, self._settings = load, settings
-        self._n_replicas, self._leads = n_replicas, leads
+        self._n_replicas, self._leads, self._is_group = n_replicas, leads, is_group
         self._service = EngineService(self._build, runtime, on_end=self._leave, on_ready=self._greet)
         self._greeting: Callable[[Parts], str] | None = None
         self._over = threading.Event()
-        self._is_group = False
         self._outer: _Server | None = None
         self._proxy = Proxy(n_replicas) if n_replicas > 1 else None
         self._listener = inner_listener() if n_replicas > 1 and leads else None
@@ -122,7 +124,7 @@ class Part:
             self._stop()
             self._close()
             listener.close()
-        self._raise()
+        self._finish()
 
     def serve_group(self) -> None:
         """Be another rank: lead a replica or follow, until world rank 0 says that all is over, or is gone."""
@@ -135,7 +137,7 @@ class Part:
             self._close()
             if self._service.error is None and self._watch is not None:
                 self._watch.join(LOST_GRACE)
-        self._raise()
+        self._finish()
 
     def _greet(self, parts: Parts) -> None:
         """Say that requests are answered, on world rank 0."""
@@ -152,17 +154,20 @@ class Part:
             if self._proxy is not None:
                 self._proxy.open(urls, token)
             self._watch = Watch(parts.parallel, self._leave, self._lose)
-        self._is_group = parts.parallel.world is not None
         return parts
 
-    def _raise(self) -> None:
-        """Raise what went wrong. Where threads may wait for others for ever, Python would abort: end without its help.
+    def _finish(self) -> None:
+        """Raise what went wrong.
 
-        That is so where a group has begun to serve; a group that could not load has nobody who waits.
+        Python aborts where a thread waits inside a collective, as one does when a group has begun to serve and is torn
+        apart, or is told to end while it loads: then this process ends without Python's help.
         """
-        error = self._service.error
-        if error is not None and self._is_group:
-            _give_up(error)
+        error, began = self._service.error, self._service.began
+        if self._is_group and began and error is not None:
+            logger.critical("%s", error)
+            _exit(1)
+        if self._is_group and not began and error is None:
+            _exit(0)
         if error is not None:
             raise error
 
@@ -170,8 +175,8 @@ class Part:
         """Start the replica's own server."""
         server = _Server(make_app(self._service, replace(self._settings, api_key=token, cors=())))
         thread = threading.Thread(target=partial(server.run, sockets=[listener]), name="inner server", daemon=True)
-        self._inner = server, thread
         thread.start()
+        self._inner = server, thread
 
     def _stop(self) -> None:
         """End all replicas' answers now, on world rank 0."""
@@ -262,7 +267,11 @@ def _handling(numbers: tuple[signal.Signals, ...], act: Callable[[], None]) -> I
             signal.signal(number, handler)
 
 
-def _give_up(error: BaseException) -> NoReturn:
+def _give_up(error: BaseException) -> None:
     logger.critical("%s", error)
+    _exit(1)
+
+
+def _exit(status: int) -> NoReturn:
     logging.shutdown()
-    os._exit(1)
+    os._exit(status)

@@ -160,6 +160,11 @@ class EngineService:
         running, waiting = (0, 0) if parts is None else parts.engine.load()
         return Status(self._state, self._runtime.max_seq_len, self._runtime.max_batch_size, running, waiting)
 
+    @property
+    def began(self) -> bool:
+        """True from when the model was loaded and its thread began to run it."""
+        return self._parts is not None
+
     def _ready(self) -> "Parts":
         if self._state != "ready" or self._parts is None:
             raise NotReadyError(f"the model is not ready: it is {self._state}")
