@@ -138,9 +138,9 @@ def test_200_abandoned_requests_then_one(serving: Serving, port: int, answer: st
     # Those that were let in would go on for a minute; `make soak` measures how soon it is on an idle machine.
     assert time.monotonic() - began < 20
     wait_until(lambda: not serving.busy, 5)
-    *abandoned, last = serving.service.requests[n_before:]
-    assert {request.finish_reason for request in abandoned} == {"cancelled"}
-    assert last.finish_reason == "length"
+    reasons = [request.finish_reason for request in serving.service.requests[n_before:]]
+    assert sorted(map(str, reasons)) == ["cancelled"] * (len(reasons) - 1) + ["length"]  # which is ours
+    assert len(reasons) > 1
 
 
 def test_refusals_do_not_delay_others(port: int) -> None:
