@@ -221,6 +221,8 @@ def test_a_full_queue_refuses_and_is_free_again(service: ScriptedService) -> Non
         await refused.until(b"2 prompts are under way")
         assert refused.sent[0]["status"] == 503
         assert (b"retry-after", b"1") in refused.sent[0]["headers"]
+        too_long = Connection(app, {"messages": [{"role": "user", "content": "word " * 99}]})
+        await too_long.until(b"2 prompts are under way")  # and not that it is too long: it was not looked at
         await first.leave()
         service.script = list(SCRIPT)
         again = Connection(app, CHAT)
