@@ -31,6 +31,7 @@ TORCH_FREE = (
     "codellama.server.faults",
     "codellama.server.service",
     "codellama.server.address",
+    "codellama.server.ending",
     "codellama.server.group",
     "codellama.server.proxy",
     "codellama.server.totals",
