@@ -42,6 +42,7 @@ TORCH_FREE = (
     "codellama.server.record",
     "codellama.server.settings",
     "codellama.server.safety",
+    "codellama.server.ending",
     "codellama.server.group",
     "codellama.server.proxy",
     "codellama.server.totals",

@@ -4,19 +4,15 @@ Under torchrun each process has a part: world rank 0 listens where clients ask; 
 and where there are several, an inner server for it; the others follow. It knows nothing of what is asked or answered.
 """
 
-import contextlib
 import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from types import FrameType
-from typing import NoReturn
 
-import uvicorn
 from starlette.types import ASGIApp
 
 from codellama.assembly import Parts, assemble
@@ -25,17 +21,15 @@ from codellama.errors import RankError
 from codellama.parallel import replica_size
 from codellama.server.app import admitting, make_app
 from codellama.server.banner import write_banner
+from codellama.server.ending import Server, give_up, handling, leave, nothing
 from codellama.server.group import Watch, inner_listener, meet, url_of
-from codellama.server.proxy import KEEP_SECONDS, Proxy
+from codellama.server.proxy import Proxy
 from codellama.server.service import EngineService
 from codellama.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-GRACE = 10  # seconds that running answers get after SIGTERM
 LOST_GRACE = 5  # seconds to say so and to end in order when another process is gone
-
-Build = Callable[[], Parts]
 
 
 def serve(
@@ -102,23 +96,23 @@ class Part:
         self._service = EngineService(self._build, runtime, on_end=self._leave, on_ready=self._greet)
         self._greeting: Callable[[Parts], str] | None = None
         self._over = threading.Event()
-        self._outer: _Server | None = None
+        self._outer: Server | None = None
         self._proxy = Proxy(n_replicas) if n_replicas > 1 else None
         self._listener = inner_listener() if n_replicas > 1 and leads else None
-        self._inner: tuple[_Server, threading.Thread] | None = None
+        self._inner: tuple[Server, threading.Thread] | None = None
         self._watch: Watch | None = None
 
     def serve_clients(self, listener: socket.socket) -> None:
         """Be world rank 0: listen at once, load meanwhile, and serve."""
         settings = self._settings
-        app = make_app(self._service, settings) if self._proxy is None else admitting(self._proxy, settings)
-        self._outer = server = _Server(app, cut=self._stop)
+        app: ASGIApp = make_app(self._service, settings) if self._proxy is None else admitting(self._proxy, settings)
+        self._outer = server = Server(app, cut=self._stop)
         host, port = listener.getsockname()[:2]
         logger.info("serving on http://%s:%d/v1 when the model is loaded", f"[{host}]" if ":" in host else host, port)
         self._greeting = partial(write_banner, settings=settings, host=host, port=port)
         self._service.start()
         try:
-            with _handling((signal.SIGTERM,), _nothing):  # uvicorn raises it once more when it has shut down
+            with handling((signal.SIGTERM,), nothing):  # uvicorn raises it once more when it has shut down
                 server.run(sockets=[listener])
         finally:
             self._stop()
@@ -129,7 +123,7 @@ class Part:
     def serve_group(self) -> None:
         """Be another rank: lead a replica or follow, until world rank 0 says that all is over, or is gone."""
         # torchrun sends signals to all: where answers run, world rank 0's word is awaited, which gives them their grace
-        with _handling((signal.SIGTERM, signal.SIGINT), self._leave_unless_serving):
+        with handling((signal.SIGTERM, signal.SIGINT), self._leave_unless_serving):
             self._service.start()
             self._over.wait()
             if self._leads or self._service.error is None:  # else its leader may not even know yet that it is over
@@ -164,16 +158,15 @@ class Part:
         """
         error, began = self._service.error, self._service.began
         if self._is_group and began and error is not None:
-            logger.critical("%s", error)
-            _exit(1)
+            give_up(error)
         if self._is_group and not began and error is None:
-            _exit(0)
+            leave(0)
         if error is not None:
             raise error
 
     def _open(self, listener: socket.socket, token: str) -> None:
         """Start the replica's own server."""
-        server = _Server(make_app(self._service, replace(self._settings, api_key=token, cors=())))
+        server = Server(make_app(self._service, replace(self._settings, api_key=token, cors=())))
         thread = threading.Thread(target=partial(server.run, sockets=[listener]), name="inner server", daemon=True)
         thread.start()
         self._inner = server, thread
@@ -195,7 +188,7 @@ class Part:
 
     def _lose(self, error: RankError) -> None:
         """End this process because another one is gone: every answer says so, and nothing is waited for in vain."""
-        deadline = threading.Timer(LOST_GRACE, _give_up, [error])  # a thread may wait for the one that is gone
+        deadline = threading.Timer(LOST_GRACE, give_up, [error])  # a thread may wait for the one that is gone
         deadline.daemon = True
         deadline.start()
         self._service.fail(error)
@@ -214,64 +207,9 @@ class Part:
             self._outer.should_exit = True
 
 
-def _nothing() -> None:
-    """Go on."""
-
-
-class _Server(uvicorn.Server):
-    """Cuts the answers that still run when the grace is over; the second signal ends the process at once."""
-
-    def __init__(self, app: ASGIApp, cut: Callable[[], None] = _nothing) -> None:
-        last = GRACE + 5  # by then a running answer has been cut, and has said so
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="on", ws="none", timeout_graceful_shutdown=last,
-            timeout_keep_alive=2 * int(KEEP_SECONDS), server_header=False,
-        )  # fmt: skip
-        super().__init__(config)
-        self._cut = cut
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = threading.Timer(GRACE, self._cut)
-        timer.start()
-        try:
-            await super().shutdown(sockets)
-        finally:
-            timer.cancel()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        signal.signal(sig, signal.SIG_DFL)
-        super().handle_exit(sig, frame)
-
-
 def _listen(host: str, port: int) -> socket.socket:
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     try:
         return socket.create_server(address[:2], family=family)
     except OSError as error:
         raise OSError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from error
-
-
-@contextlib.contextmanager
-def _handling(numbers: tuple[signal.Signals, ...], act: Callable[[], None]) -> Iterator[None]:
-    """Do this at the first of these signals; the second one ends the process at once, as if nobody handled it."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        act()
-
-    before = [(number, signal.signal(number, handle)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
-
-
-def _give_up(error: BaseException) -> None:
-    logger.critical("%s", error)
-    _exit(1)
-
-
-def _exit(status: int) -> NoReturn:
-    logging.shutdown()
-    os._exit(status)
