@@ -3,11 +3,12 @@
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
@@ -49,6 +50,9 @@ from codellama.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+ENCODERS = 8
+"""Threads that make prompts: more of them would only take turns with the engine's, which holds up everybody."""
+
 
 def make_app(service: Service, settings: Settings) -> FastAPI:
     """Make the ASGI app; its host and port are for others to listen on."""
@@ -58,7 +62,8 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
     app.add_middleware(AccessLog, metrics=metrics)
     for kind in (CodeLlamaError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _tell)
-    routes = _routes(service, settings)
+    encoders = CapacityLimiter(ENCODERS)
+    routes = _routes(service, settings, encoders)
     app.include_router(routes, prefix="/v1")
     app.include_router(routes, include_in_schema=False)
 
@@ -81,7 +86,8 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
         text = body.content if body.prompt is None else body.prompt
         if text is None:
             raise PromptError("the body has no prompt; the text to tokenize was expected there")
-        ids = await run_in_threadpool(service.tokenizer.encode, text, bos=body.add_special_tokens, eos=False)
+        encode = partial(service.tokenizer.encode, text, bos=body.add_special_tokens, eos=False)
+        ids = await to_thread.run_sync(encode, limiter=encoders)
         return {"tokens": ids, "count": len(ids), "max_model_len": service.status().max_seq_len}
 
     @app.post("/detokenize", response_model=None, responses=answers_with(DetokenizeAnswer))
@@ -105,7 +111,7 @@ def admitting(app: ASGIApp, settings: Settings) -> ASGIApp:
     return CORSMiddleware(guard, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
 
 
-def _routes(service: Service, settings: Settings) -> APIRouter:
+def _routes(service: Service, settings: Settings, encoders: CapacityLimiter) -> APIRouter:
     """Make the routes that exist with and without /v1."""
     router = APIRouter()
     model_id = settings.model_id
@@ -160,7 +166,7 @@ def _routes(service: Service, settings: Settings) -> APIRouter:
         admission.check(body.n_answers)
         # Texts may be long: the event loop has other clients meanwhile.
         make_prompts: Callable[..., list[Prompt]] = body.prompts
-        return await run_in_threadpool(make_prompts, service.prompts, service.tokenizer)
+        return await to_thread.run_sync(make_prompts, service.prompts, service.tokenizer, limiter=encoders)
 
     def openai(body: GenerationRequest, prompts: list[Prompt], *, chat: bool, echo: bool = False) -> Answer:
         return Answer(
