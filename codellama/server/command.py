@@ -26,6 +26,7 @@ def serve(
     model_parallel_size: int | None = None,
     max_queue: int = 64,
     timeout: float | None = None,
+    grace: float = 10.0,
     log_prompts: bool = False,
     safety: str | None = None,
     model_id: str = "codellama",
@@ -51,6 +52,7 @@ def serve(
         cors (ORIGINS): pages of which origins may ask from a browser, with commas between; * is all.
         max_queue: prompts that may wait, beside those that run.
         timeout (SECONDS): what an answer may take at most; without it, as long as it needs.
+        grace (SECONDS): what running answers get when the server is told to end.
         log_prompts: write what is asked and answered to the log, too.
         safety (HOOK): MODULE:FUNCTION that reads what is asked and answered, and may refuse it; see docs/safety.md.
         model_id (NAME): what clients see as the name of the model.
@@ -70,6 +72,7 @@ def serve(
         api_key=find_key(api_key, api_key_file),
         max_queue=max_queue,
         timeout=timeout,
+        grace=grace,
         cors=tuple(origin.strip() for origin in cors.split(",")) if cors else (),
         log_prompts=log_prompts,
         safety=None if safety is None else load_hook(safety),

@@ -20,8 +20,6 @@ from codellama.server.proxy import KEEP_SECONDS
 
 logger = logging.getLogger(__name__)
 
-GRACE = 10  # seconds that running answers get after SIGTERM
-
 
 def nothing() -> None:
     """Go on."""
@@ -30,19 +28,19 @@ def nothing() -> None:
 class Server(uvicorn.Server):
     """Cuts the answers that still run when the grace is over; the second signal ends the process at once."""
 
-    def __init__(self, app: ASGIApp, cut: Callable[[], None] = nothing) -> None:
-        """Serve an app; cut ends its answers."""
-        last = GRACE + 5  # by then a running answer has been cut, and has said so
+    def __init__(self, app: ASGIApp, grace: float, cut: Callable[[], None] = nothing) -> None:
+        """Serve an app; cut ends its answers, so many seconds after the first signal."""
+        last = int(grace) + 5  # by then a running answer has been cut, and has said so
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="on", ws="none", timeout_graceful_shutdown=last,
             timeout_keep_alive=2 * int(KEEP_SECONDS), server_header=False,
         )  # fmt: skip
         super().__init__(config)
-        self._cut = cut
+        self._grace, self._cut = grace, cut
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn."""
-        timer = threading.Timer(GRACE, self._cut)
+        timer = threading.Timer(self._grace, self._cut)
         timer.start()
         try:
             await super().shutdown(sockets)

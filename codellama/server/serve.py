@@ -106,7 +106,7 @@ class Part:
         """Be world rank 0: listen at once, load meanwhile, and serve."""
         settings = self._settings
         app: ASGIApp = make_app(self._service, settings) if self._proxy is None else admitting(self._proxy, settings)
-        self._outer = server = Server(app, cut=self._stop)
+        self._outer = server = Server(app, settings.grace, self._stop)
         host, port = listener.getsockname()[:2]
         logger.info("serving on http://%s:%d/v1 when the model is loaded", f"[{host}]" if ":" in host else host, port)
         self._greeting = partial(write_banner, settings=settings, host=host, port=port)
@@ -166,7 +166,8 @@ class Part:
 
     def _open(self, listener: socket.socket, token: str) -> None:
         """Start the replica's own server."""
-        server = Server(make_app(self._service, replace(self._settings, api_key=token, cors=())))
+        inner = replace(self._settings, api_key=token, cors=())
+        server = Server(make_app(self._service, inner), inner.grace)
         thread = threading.Thread(target=partial(server.run, sockets=[listener]), name="inner server", daemon=True)
         thread.start()
         self._inner = server, thread

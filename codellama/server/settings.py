@@ -29,6 +29,7 @@ class Settings:
         max_queue: prompts that may wait, beside those that run; more are answered with 503.
         max_body: bytes of a request's body.
         timeout: seconds that an answer may take; None is as long as it needs.
+        grace: seconds that running answers get when the server is told to end.
         cors: origins whose pages may ask; "*" is all.
         log_prompts: write what is asked and answered to the log, too.
         safety: reads prompts and answers before anybody else; docs/safety.md.
@@ -44,6 +45,7 @@ class Settings:
     max_queue: int = 64
     max_body: int = MAX_BODY
     timeout: float | None = None
+    grace: float = 10.0
     cors: tuple[str, ...] = ()
     log_prompts: bool = False
     safety: SafetyHook | None = None
@@ -55,6 +57,8 @@ class Settings:
             raise ValueError(f"max_queue is {self.max_queue}; it must be at least 0")
         if self.timeout is not None and not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout is {self.timeout}; a positive number of seconds was expected")
+        if not 0 <= self.grace <= 3600:
+            raise ValueError(f"grace is {self.grace}; a number of seconds from 0 to 3600 was expected")
         if self.api_key == "":
             raise ValueError("api_key is empty; leave the flag out to serve without a key")
         for origin in self.cors:

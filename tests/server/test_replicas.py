@@ -78,7 +78,20 @@ class Group:
 def group(size: int, model_parallel_size: int, folder: Path) -> Iterator[Group]:
     """Start `codellama serve` on so many processes, by hand and not by torchrun, which would end them for us."""
     port = free_port()
-    flags = ["--port", "0", "--device", "cpu", "--dtype", "float32", "--max_seq_len", "20000", "--seed", "1"]
+    flags = [
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--max_seq_len",
+        "20000",
+        "--seed",
+        "1",
+        "--grace",
+        "4",
+    ]
     processes = []
     for rank in range(size):
         command = [

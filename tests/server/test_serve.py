@@ -196,7 +196,7 @@ def test_the_command_ends_with_0_on_sigterm() -> None:
 
 @pytest.mark.slow
 def test_an_answer_that_outlasts_the_grace_is_cut_and_says_so() -> None:
-    process, address = start("--max_seq_len", "60000", "--max_batch_size", "1")
+    process, address = start("--max_seq_len", "60000", "--max_batch_size", "1", "--grace", "2")
     try:
         client = httpx2.Client(base_url=address, timeout=60, trust_env=False)
         wait_until(lambda: client.get("/../health").status_code == 200)
