@@ -250,7 +250,13 @@ def join(
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise RankError(f"WORLD_SIZE is {world_size} but {', '.join(missing)} is not set: start with torchrun")
-        dist.init_process_group(backend)
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        try:
+            dist.init_process_group(backend)
+        except RuntimeError as error:  # PyTorch's own has a trace of its C++
+            raise RankError(
+                f"rank {os.environ['RANK']} cannot meet the others at {address}: {one_line(error)}"
+            ) from error
     world_rank, n_replicas = dist.get_rank(), world_size // size
     replica, rank = divmod(world_rank, size)
     group, channel = None, None

@@ -1,4 +1,5 @@
 import io
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -6,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from fairscale.nn.model_parallel import layers as fairscale
 from torch import Tensor
 from torch.nn import functional as F
@@ -223,3 +225,13 @@ def test_half_an_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(RankError, match="MASTER_ADDR, MASTER_PORT is not set"):
         join(None, CPU)
+
+
+def test_a_port_that_somebody_else_has_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RankError, match=f"rank 0 cannot meet the others at 127.0.0.1:{place['MASTER_PORT']}: .*"):
+            join(None, torch.device("cpu"))
+    assert not dist.is_initialized()
