@@ -60,7 +60,7 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
     app = FastAPI(title="codellama", version=__version__, docs_url=None, redoc_url=None, responses=REFUSALS)
     app.add_middleware(admitting, settings=settings)
     app.add_middleware(AccessLog, metrics=metrics)
-    for kind in (CodeLlamaError, RequestValidationError, HTTPException, Exception):
+    for kind in (CodeLlamaError, RequestValidationError, HTTPException):  # AccessLog tells of all others
         app.add_exception_handler(kind, _tell)
     encoders = CapacityLimiter(ENCODERS)
     routes = _routes(service, settings, encoders)
