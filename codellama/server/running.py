@@ -243,5 +243,6 @@ async def _send(send: Send, text: str) -> None:
 
 
 def dump(value: Any) -> str:
-    """Write JSON as it is sent."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """Write JSON as it is sent; a lone surrogate, such as one to stop at, cannot be sent as a character."""
+    written = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return written.encode(errors="backslashreplace").decode()  # which is how JSON escapes it
