@@ -3,7 +3,6 @@
 import logging
 import threading
 from collections.abc import Callable
-from functools import partial
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, FastAPI
@@ -36,7 +35,7 @@ from codellama.server.responses import (
     TokenizeAnswer,
     answers_with,
 )
-from codellama.server.running import Admission, Answering, Run, Running
+from codellama.server.running import Admission, Answering, Run, Running, dump
 from codellama.server.safety import SafeService
 from codellama.server.schemas import (
     ChatRequest,
@@ -81,23 +80,32 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
         return Response(metrics.write(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.post("/tokenize", response_model=None, responses=answers_with(TokenizeAnswer))
-    async def tokenize(body: TokenizeRequest) -> Json:
+    async def tokenize(body: TokenizeRequest) -> Response:
         """Turn a text into token ids."""
         text = body.content if body.prompt is None else body.prompt
         if text is None:
             raise PromptError("the body has no prompt; the text to tokenize was expected there")
-        encode = partial(service.tokenizer.encode, text, bos=body.add_special_tokens, eos=False)
-        ids = await to_thread.run_sync(encode, limiter=encoders)
-        return {"tokens": ids, "count": len(ids), "max_model_len": service.status().max_seq_len}
+        tokenizer, max_seq_len = service.tokenizer, service.status().max_seq_len
+
+        def encode() -> Response:
+            ids = tokenizer.encode(text, bos=body.add_special_tokens, eos=False)
+            return _json({"tokens": ids, "count": len(ids), "max_model_len": max_seq_len})
+
+        return await to_thread.run_sync(encode, limiter=encoders)
 
     @app.post("/detokenize", response_model=None, responses=answers_with(DetokenizeAnswer))
-    async def detokenize(body: DetokenizeRequest) -> Json:
+    async def detokenize(body: DetokenizeRequest) -> Response:
         """Turn token ids into a text."""
-        try:
-            text = service.tokenizer.decode(body.tokens)
-        except ValueError as error:
-            raise PromptError(str(error)) from error
-        return {"prompt": text, "content": text}
+        tokenizer = service.tokenizer
+
+        def decode() -> Response:
+            try:
+                text = tokenizer.decode(body.tokens)
+            except ValueError as error:
+                raise PromptError(str(error)) from error
+            return _json({"prompt": text, "content": text})
+
+        return await to_thread.run_sync(decode, limiter=encoders)
 
     return app
 
@@ -183,6 +191,11 @@ def _routes(service: Service, settings: Settings, encoders: CapacityLimiter) -> 
         return Running(run, answer, stream=body.stream, log_answers=settings.log_prompts)
 
     return router
+
+
+def _json(content: Json) -> Response:
+    """Write an answer that may be long, in a thread: FastAPI would copy it item by item, on the event loop."""
+    return Response(dump(content), media_type="application/json")
 
 
 async def _tell(request: HttpRequest, error: Exception) -> Response:
