@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, FastAPI
@@ -125,7 +126,7 @@ def _routes(service: Service, settings: Settings, encoders: CapacityLimiter) -> 
     model_id = settings.model_id
     status = service.status()
     admission = Admission(status.max_batch_size + settings.max_queue)
-    places = threading.BoundedSemaphore(admission.limit)
+    reading = threading.BoundedSemaphore(admission.limit)
     model: Json = {
         "id": model_id,
         "object": "model",
@@ -137,26 +138,22 @@ def _routes(service: Service, settings: Settings, encoders: CapacityLimiter) -> 
     @router.post("/chat/completions", response_model=None, responses=answers_with(ChatAnswer, streams=True))
     async def chat(body: ChatRequest, request: HttpRequest) -> Response:
         """Answer a chat."""
-        prompts = await make(body)
-        return respond(request, body, prompts, openai(body, prompts, chat=True))
+        return await respond(request, body, partial(openai, body, chat=True))
 
     @router.post("/completions", response_model=None, responses=answers_with(CompletionAnswer, streams=True))
     async def complete(body: CompletionRequest, request: HttpRequest) -> Response:
         """Continue texts, or fill a gap."""
-        prompts = await make(body)
-        return respond(request, body, prompts, openai(body, prompts, chat=False, echo=body.echo))
+        return await respond(request, body, partial(openai, body, chat=False, echo=body.echo))
 
     @router.post("/completion", response_model=None, responses=answers_with(LlamaCppAnswers, streams=True))
     async def complete_as_llama_cpp(body: LlamaCppRequest, request: HttpRequest) -> Response:
         """Continue texts, in llama.cpp's words."""
-        prompts = await make(body)
-        return respond(request, body, prompts, LlamaCppAnswer(prompts, service.tokenizer, model_id, body))
+        return await respond(request, body, partial(llama_cpp, body))
 
     @router.post("/infill", response_model=None, responses=answers_with(LlamaCppCompletion, streams=True))
     async def infill_as_llama_cpp(body: InfillRequest, request: HttpRequest) -> Response:
         """Fill a gap, in llama.cpp's words."""
-        prompts = await make(body)
-        return respond(request, body, prompts, LlamaCppAnswer(prompts, service.tokenizer, model_id, body))
+        return await respond(request, body, partial(llama_cpp, body))
 
     @router.get("/models", response_model=None, responses=answers_with(ModelListAnswer))
     async def models() -> Json:
@@ -168,26 +165,33 @@ def _routes(service: Service, settings: Settings, encoders: CapacityLimiter) -> 
         """Describe the one model, whatever it is called."""
         return model
 
-    async def make(body: ChatRequest | CompletionRequest | LlamaCppRequest) -> list[Prompt]:
-        if body.n_answers > admission.limit:
-            raise PromptError(f"the request asks for {body.n_answers} answers; at most {admission.limit} are possible")
-        admission.check(body.n_answers)
-        # Texts may be long: the event loop has other clients meanwhile.
-        make_prompts: Callable[..., list[Prompt]] = body.prompts
-        return await to_thread.run_sync(make_prompts, service.prompts, service.tokenizer, limiter=encoders)
-
     def openai(body: GenerationRequest, prompts: list[Prompt], *, chat: bool, echo: bool = False) -> Answer:
         return Answer(
             prompts, service.tokenizer, model_id, chat=chat, n=body.n, echo=echo, include_usage=body.include_usage
         )  # fmt: skip
 
-    def respond(request: HttpRequest, body: GenerationRequest, prompts: list[Prompt], answer: Answering) -> Response:
-        if settings.log_prompts:
-            for prompt in prompts:
-                logger.info("id=%s prompt=%r", request.scope[RECORD].id, service.tokenizer.decode(prompt.tokens))
-        hook = settings.safety
-        read: Service = service if hook is None else SafeService(service, hook, places, stream=body.stream)
-        run = Run(read, admission, prompts, settings.timeout)
+    def llama_cpp(body: LlamaCppRequest, prompts: list[Prompt]) -> LlamaCppAnswer:
+        return LlamaCppAnswer(prompts, service.tokenizer, model_id, body)
+
+    async def respond(
+        request: HttpRequest,
+        body: ChatRequest | CompletionRequest | LlamaCppRequest,
+        begin: Callable[[list[Prompt]], Answering],
+    ) -> Response:
+        if body.n_answers > admission.limit:
+            raise PromptError(f"the request asks for {body.n_answers} answers; at most {admission.limit} are possible")
+        # Before the prompts are made, which is work, too: who finds no place is told so at once.
+        with admission.taking(body.n_answers) as places:
+            # Texts may be long: the event loop has other clients meanwhile.
+            make: Callable[..., list[Prompt]] = body.prompts
+            prompts = await to_thread.run_sync(make, service.prompts, service.tokenizer, limiter=encoders)
+            if settings.log_prompts:
+                for prompt in prompts:
+                    logger.info("id=%s prompt=%r", request.scope[RECORD].id, service.tokenizer.decode(prompt.tokens))
+            hook = settings.safety
+            read: Service = service if hook is None else SafeService(service, hook, reading, stream=body.stream)
+            answer = begin(prompts)
+            run = Run(read, places.pop_all(), prompts, settings.timeout)
         return Running(run, answer, stream=body.stream, log_answers=settings.log_prompts)
 
     return router
