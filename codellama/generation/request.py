@@ -68,6 +68,36 @@ class Completion:
     error: BaseException | None = None
 
 
+class StopString:
+    """How far the end of a growing text is the beginning of a stop string, by Knuth, Morris and Pratt.
+
+    The work is that of the new characters alone: a client can make both the string and what is held back very long.
+    """
+
+    def __init__(self, text: str) -> None:
+        """Begin, with nothing of it found."""
+        self.text = text
+        self.length = 0  # of the longest end of the text that begins this string
+        self._shorter = [0]  # for each length - 1: the next shorter one that can hold as well; as far as it was needed
+
+    def push(self, text: str) -> int | None:
+        """Add to the text; return how many of these characters complete the string, or None."""
+        if not self.length and self.text[0] not in text:
+            return None
+        for index, character in enumerate(text):
+            self.length = self._follow(self.length, character)
+            if self.length == len(self.text):
+                return index + 1
+            if self.length > len(self._shorter):
+                self._shorter.append(self._follow(self._shorter[-1], character))
+        return None
+
+    def _follow(self, length: int, character: str) -> int:
+        while length and self.text[length] != character:
+            length = self._shorter[length - 1]
+        return length + (self.text[length] == character)
+
+
 class GeneratedText:
     """Text of a generation as it grows: whole characters only; stop strings are cut and never shown."""
 
@@ -83,7 +113,7 @@ class GeneratedText:
             strip: drop white space around the whole, as a chat answer's content is written without it.
         """
         self._decoder = TextDecoder(tokenizer)
-        self._stop = tuple(stop)
+        self._stops = [StopString(text) for text in stop]
         self._drop_space = drop_space
         self._strip = strip
         self._held = ""
@@ -107,7 +137,7 @@ class GeneratedText:
     @property
     def n_tokens(self) -> int:
         """Tokens that are certain to stay: a stop string may yet cut off those that have no share in the text."""
-        if self._stop and not self._ended:
+        if self._stops and not self._ended:
             certain = self._decoded - len(self._held)
             while self._n_certain < len(self._starts) and self._starts[self._n_certain] < certain:
                 self._n_certain += 1
@@ -130,23 +160,17 @@ class GeneratedText:
         return self._take(self._decoder.finish(), final=True)
 
     def _take(self, text: str, final: bool) -> str:
+        before = len(self._held)
         self._decoded += len(text)
         self._held += text
-        found = [(at + len(stop), at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            _, sure, self.stopped_by = min(found)
+        ends = [(before + n, stop) for stop in self._stops if (n := stop.push(text)) is not None]
+        if ends:
+            _, sure, self.stopped_by = min((end, end - len(stop.text), stop.text) for end, stop in ends)
         else:
-            sure = len(self._held) if final else len(self._held) - self._overlap()
+            overlap = 0 if final else max((stop.length for stop in self._stops), default=0)
+            sure = len(self._held) - overlap
         taken, self._held = self._held[:sure], self._held[sure:]
         return self._trim(taken, ended=final or self.stopped)
-
-    def _overlap(self) -> int:
-        """Length of the longest end of the held text that may become a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=0)
-        for length in range(min(longest - 1, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
-                return length
-        return 0
 
     def _trim(self, taken: str, ended: bool) -> str:
         if self._drop_space and taken:

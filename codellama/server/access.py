@@ -6,10 +6,12 @@ It knows nothing of what a request asks for, and what is private in it never com
 import logging
 import re
 import uuid
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from codellama.server.faults import tell
 from codellama.server.metrics import Metrics
 from codellama.server.record import Record
 
@@ -19,7 +21,8 @@ RECORD = "codellama.record"
 """The key of a request's Record in its ASGI scope."""
 
 _QUIET = ("/health", "/metrics")  # asked every few seconds by those who watch
-_GIVEN = re.compile(r"[\w.:-]{1,64}")
+_GIVEN = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+_PLAIN = "/!$&'()*+,;=:@"  # what a path may hold as it is (RFC 3986, 3.3); all else could forge a line, or words of one
 
 
 class AccessLog:
@@ -40,7 +43,7 @@ class AccessLog:
         scope[RECORD] = record
         status = 0
 
-        async def tell(message: Message) -> None:
+        async def note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -48,11 +51,17 @@ class AccessLog:
             await send(message)
 
         try:
-            await self._app(scope, receive, tell)
+            await self._app(scope, receive, note)
+        except (
+            Exception
+        ) as error:  # our own mistake: told from here, so that its line and its answer have status and id
+            if not status:
+                await tell(error)(scope, receive, note)
+            raise  # the one who listens logs the trace
         finally:
             self._metrics.observe(record, status)
             if scope["path"] not in _QUIET:
                 client = scope.get("client") or ("-", 0)
-                path = scope["path"].encode("ascii", "backslashreplace").decode()
+                path = quote(scope["path"], safe=_PLAIN, errors="replace")
                 words = [f"id={record.id}", str(client[0]), scope["method"], path, str(status), *record.describe()]
                 logger.info("%s total=%.3fs", " ".join(words), record.total)

@@ -36,7 +36,7 @@ from codellama.server.responses import (
     TokenizeAnswer,
     answers_with,
 )
-from codellama.server.running import Admission, Answering, Run, Running
+from codellama.server.running import Admission, Answering, Run, Running, dump
 from codellama.server.safety import SafeService
 from codellama.server.schemas import (
     ChatRequest,
@@ -60,7 +60,7 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
     app = FastAPI(title="codellama", version=__version__, docs_url=None, redoc_url=None, responses=REFUSALS)
     app.add_middleware(admitting, settings=settings)
     app.add_middleware(AccessLog, metrics=metrics)
-    for kind in (CodeLlamaError, RequestValidationError, HTTPException, Exception):
+    for kind in (CodeLlamaError, RequestValidationError, HTTPException):  # AccessLog tells of all others
         app.add_exception_handler(kind, _tell)
     encoders = CapacityLimiter(ENCODERS)
     routes = _routes(service, settings, encoders)
@@ -81,23 +81,32 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
         return Response(metrics.write(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.post("/tokenize", response_model=None, responses=answers_with(TokenizeAnswer))
-    async def tokenize(body: TokenizeRequest) -> Json:
+    async def tokenize(body: TokenizeRequest) -> Response:
         """Turn a text into token ids."""
         text = body.content if body.prompt is None else body.prompt
         if text is None:
             raise PromptError("the body has no prompt; the text to tokenize was expected there")
-        encode = partial(service.tokenizer.encode, text, bos=body.add_special_tokens, eos=False)
-        ids = await to_thread.run_sync(encode, limiter=encoders)
-        return {"tokens": ids, "count": len(ids), "max_model_len": service.status().max_seq_len}
+        tokenizer, max_seq_len = service.tokenizer, service.status().max_seq_len
+
+        def encode() -> Response:
+            ids = tokenizer.encode(text, bos=body.add_special_tokens, eos=False)
+            return _json({"tokens": ids, "count": len(ids), "max_model_len": max_seq_len})
+
+        return await to_thread.run_sync(encode, limiter=encoders)
 
     @app.post("/detokenize", response_model=None, responses=answers_with(DetokenizeAnswer))
-    async def detokenize(body: DetokenizeRequest) -> Json:
+    async def detokenize(body: DetokenizeRequest) -> Response:
         """Turn token ids into a text."""
-        try:
-            text = service.tokenizer.decode(body.tokens)
-        except ValueError as error:
-            raise PromptError(str(error)) from error
-        return {"prompt": text, "content": text}
+        tokenizer = service.tokenizer
+
+        def decode() -> Response:
+            try:
+                text = tokenizer.decode(body.tokens)
+            except ValueError as error:
+                raise PromptError(str(error)) from error
+            return _json({"prompt": text, "content": text})
+
+        return await to_thread.run_sync(decode, limiter=encoders)
 
     return app
 
@@ -117,7 +126,7 @@ def _routes(service: Service, settings: Settings, encoders: CapacityLimiter) -> 
     model_id = settings.model_id
     status = service.status()
     admission = Admission(status.max_batch_size + settings.max_queue)
-    places = threading.BoundedSemaphore(admission.limit)
+    reading = threading.BoundedSemaphore(admission.limit)
     model: Json = {
         "id": model_id,
         "object": "model",
@@ -129,26 +138,22 @@ def _routes(service: Service, settings: Settings, encoders: CapacityLimiter) -> 
     @router.post("/chat/completions", response_model=None, responses=answers_with(ChatAnswer, streams=True))
     async def chat(body: ChatRequest, request: HttpRequest) -> Response:
         """Answer a chat."""
-        prompts = await make(body)
-        return respond(request, body, prompts, openai(body, prompts, chat=True))
+        return await respond(request, body, partial(openai, body, chat=True))
 
     @router.post("/completions", response_model=None, responses=answers_with(CompletionAnswer, streams=True))
     async def complete(body: CompletionRequest, request: HttpRequest) -> Response:
         """Continue texts, or fill a gap."""
-        prompts = await make(body)
-        return respond(request, body, prompts, openai(body, prompts, chat=False, echo=body.echo))
+        return await respond(request, body, partial(openai, body, chat=False, echo=body.echo))
 
     @router.post("/completion", response_model=None, responses=answers_with(LlamaCppAnswers, streams=True))
     async def complete_as_llama_cpp(body: LlamaCppRequest, request: HttpRequest) -> Response:
         """Continue texts, in llama.cpp's words."""
-        prompts = await make(body)
-        return respond(request, body, prompts, LlamaCppAnswer(prompts, service.tokenizer, model_id, body))
+        return await respond(request, body, partial(llama_cpp, body))
 
     @router.post("/infill", response_model=None, responses=answers_with(LlamaCppCompletion, streams=True))
     async def infill_as_llama_cpp(body: InfillRequest, request: HttpRequest) -> Response:
         """Fill a gap, in llama.cpp's words."""
-        prompts = await make(body)
-        return respond(request, body, prompts, LlamaCppAnswer(prompts, service.tokenizer, model_id, body))
+        return await respond(request, body, partial(llama_cpp, body))
 
     @router.get("/models", response_model=None, responses=answers_with(ModelListAnswer))
     async def models() -> Json:
@@ -160,29 +165,41 @@ def _routes(service: Service, settings: Settings, encoders: CapacityLimiter) -> 
         """Describe the one model, whatever it is called."""
         return model
 
-    async def make(body: ChatRequest | CompletionRequest | LlamaCppRequest) -> list[Prompt]:
-        if body.n_answers > admission.limit:
-            raise PromptError(f"the request asks for {body.n_answers} answers; at most {admission.limit} are possible")
-        admission.check(body.n_answers)
-        # Texts may be long: the event loop has other clients meanwhile.
-        make_prompts: Callable[..., list[Prompt]] = body.prompts
-        return await to_thread.run_sync(make_prompts, service.prompts, service.tokenizer, limiter=encoders)
-
     def openai(body: GenerationRequest, prompts: list[Prompt], *, chat: bool, echo: bool = False) -> Answer:
         return Answer(
             prompts, service.tokenizer, model_id, chat=chat, n=body.n, echo=echo, include_usage=body.include_usage
         )  # fmt: skip
 
-    def respond(request: HttpRequest, body: GenerationRequest, prompts: list[Prompt], answer: Answering) -> Response:
-        if settings.log_prompts:
-            for prompt in prompts:
-                logger.info("id=%s prompt=%r", request.scope[RECORD].id, service.tokenizer.decode(prompt.tokens))
-        hook = settings.safety
-        read: Service = service if hook is None else SafeService(service, hook, places, stream=body.stream)
-        run = Run(read, admission, prompts, settings.timeout)
+    def llama_cpp(body: LlamaCppRequest, prompts: list[Prompt]) -> LlamaCppAnswer:
+        return LlamaCppAnswer(prompts, service.tokenizer, model_id, body)
+
+    async def respond(
+        request: HttpRequest,
+        body: ChatRequest | CompletionRequest | LlamaCppRequest,
+        begin: Callable[[list[Prompt]], Answering],
+    ) -> Response:
+        if body.n_answers > admission.limit:
+            raise PromptError(f"the request asks for {body.n_answers} answers; at most {admission.limit} are possible")
+        # Before the prompts are made, which is work, too: who finds no place is told so at once.
+        with admission.taking(body.n_answers) as places:
+            # Texts may be long: the event loop has other clients meanwhile.
+            make: Callable[..., list[Prompt]] = body.prompts
+            prompts = await to_thread.run_sync(make, service.prompts, service.tokenizer, limiter=encoders)
+            if settings.log_prompts:
+                for prompt in prompts:
+                    logger.info("id=%s prompt=%r", request.scope[RECORD].id, service.tokenizer.decode(prompt.tokens))
+            hook = settings.safety
+            read: Service = service if hook is None else SafeService(service, hook, reading, stream=body.stream)
+            answer = begin(prompts)
+            run = Run(read, places.pop_all(), prompts, settings.timeout)
         return Running(run, answer, stream=body.stream, log_answers=settings.log_prompts)
 
     return router
+
+
+def _json(content: Json) -> Response:
+    """Write an answer that may be long, in a thread: FastAPI would copy it item by item, on the event loop."""
+    return Response(dump(content), media_type="application/json")
 
 
 async def _tell(request: HttpRequest, error: Exception) -> Response:

@@ -15,10 +15,10 @@ from codellama.errors import PromptError
 from codellama.generation.prompt import Prompt, PromptMaker
 from codellama.generation.request import Delta, TokenScore
 from codellama.server.answers import Json, split_lines
-from codellama.server.schemas import Bias, GenerationRequest, split_markers
+from codellama.server.schemas import Biases, GenerationRequest, split_markers
 from codellama.tokenizer import Tokenizer
 
-Mixed = list[int | str]
+Mixed = Annotated[list[int | str], Field(fail_fast=True)]  # as in schemas.py
 
 
 def _aliases(name: str, *others: str) -> Any:
@@ -48,14 +48,14 @@ class LlamaCppRequest(GenerationRequest):
         return_tokens: also return the ids.
     """
 
-    prompt: str | Mixed | list[str | Mixed] = ""
+    prompt: str | Mixed | Annotated[list[str | Mixed], Field(fail_fast=True)] = ""
     max_tokens: int | None = Field(None, validation_alias=_aliases("n_predict", "max_tokens"))
     repetition_penalty: Annotated[
         float,
         BeforeValidator(lambda value: 1.0 if value is None else value),
         Field(ge=0.01, le=100, allow_inf_nan=False, validation_alias=_aliases("repeat_penalty", "repetition_penalty")),
     ] = 1.0
-    logit_bias: Annotated[dict[str, Bias] | None, BeforeValidator(_as_object)] = None
+    logit_bias: Annotated[Biases | None, BeforeValidator(_as_object)] = None
     json_schema: dict[str, Any] | bool | None = None
     n_probs: Annotated[int, BeforeValidator(lambda value: value or 0), Field(ge=0, le=20)] = 0
     return_tokens: Annotated[bool, BeforeValidator(lambda value: value or False)] = False
@@ -119,7 +119,7 @@ class InfillRequest(LlamaCppRequest):
 
     input_prefix: str
     input_suffix: str
-    input_extra: list[ExtraFile] | None = None
+    input_extra: Annotated[list[ExtraFile], Field(fail_fast=True)] | None = None
 
     @property
     def is_batch(self) -> bool:

@@ -30,7 +30,7 @@ _HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
     b"trailer", b"transfer-encoding", b"upgrade",
 }  # fmt: skip
-_OURS = {b"host", b"content-length", b"authorization", b"expect"}  # of a request: they are written anew
+_OURS = {b"content-length", b"authorization", b"expect"}  # of a request: they are written anew
 
 Headers = Iterable[tuple[bytes, bytes]]
 

@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
@@ -60,33 +61,27 @@ class Answering(Protocol):
 
 
 class Admission:
-    """How many prompts may be under way, those that wait for a row included."""
+    """How many prompts may be under way, those that are being made or wait for a row included."""
 
     def __init__(self, limit: int) -> None:
         """Let in so many."""
         self.limit = limit
         self._taken = 0
 
-    def take(self, n: int) -> None:
-        """Take n places.
+    def taking(self, n: int) -> ExitStack:
+        """Take n places; closing what is returned gives them back, once.
 
         Raises:
             BusyError: there are not so many left.
         """
-        self.check(n)
-        self._taken += n
-
-    def check(self, n: int) -> None:
-        """Refuse n more before any work is put into them; `take` decides.
-
-        Raises:
-            BusyError: there are not so many places left.
-        """
         if self._taken + n > self.limit:
             raise BusyError(f"{self._taken} prompts are under way, of {self.limit} at most; {n} more do not fit now")
+        self._taken += n
+        places = ExitStack()
+        places.callback(self._give_back, n)
+        return places
 
-    def give_back(self, n: int) -> None:
-        """Give n places back."""
+    def _give_back(self, n: int) -> None:
         self._taken -= n
 
 
@@ -94,16 +89,18 @@ class Run:
     """The prompts of one HTTP request, running. Close it, whatever happens."""
 
     def __init__(
-        self, service: Service, admission: Admission, prompts: Sequence[Prompt], timeout: float | None = None
+        self, service: Service, places: ExitStack, prompts: Sequence[Prompt], timeout: float | None = None
     ) -> None:
         """Submit them; call it on the event loop. After timeout seconds, `next` raises DeadlineError.
 
+        Args:
+            places: closed by `close`, also where this fails.
+
         Raises:
-            BusyError: too many are under way.
+            BusyError: a safety hook still reads as much as it may.
             NotReadyError: there is no model.
         """
-        admission.take(len(prompts))
-        self._service, self._admission, self._n = service, admission, len(prompts)
+        self._service, self._places = service, places
         self._loop = asyncio.get_running_loop()
         self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self._timeout = timeout
@@ -153,8 +150,8 @@ class Run:
         """End what has not ended and give the places back; harmless when repeated."""
         for handle in self._handles:
             self._service.cancel(handle)
-        self._admission.give_back(self._n)
-        self._handles, self._n = [], 0
+        self._places.close()
+        self._handles = []
 
 
 class Running(Response):
@@ -243,5 +240,6 @@ async def _send(send: Send, text: str) -> None:
 
 
 def dump(value: Any) -> str:
-    """Write JSON as it is sent."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """Write JSON as it is sent; a lone surrogate, such as one to stop at, cannot be sent as a character."""
+    written = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return written.encode(errors="backslashreplace").decode()  # which is how JSON escapes it

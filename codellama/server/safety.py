@@ -69,7 +69,11 @@ class SafeService:
             self._places.release()
             on_delta(last)
 
-        threading.Thread(target=read, name="safety", daemon=True).start()
+        try:
+            threading.Thread(target=read, name="safety", daemon=True).start()
+        except RuntimeError:  # the system gives no more threads now
+            self._places.release()
+            raise
         return reading
 
     def cancel(self, handle: "Reading") -> None:

@@ -28,7 +28,17 @@ _PRE, _SUF, _MID = "<PRE>", "<SUF>", "<MID>"
 # A list is refused at its first wrong item: to describe a million wrong ones takes the event loop 20 seconds.
 Ids = Annotated[list[int], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
+def _few(biases: Any) -> Any:
+    """Refuse too many biases, before each of them is judged."""
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"there are {len(biases)} keys; at most {MAX_BIASES} are possible")
+    return biases
+
+
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Biases = Annotated[dict[str, Bias], BeforeValidator(_few)]
 
 
 def _no_null(default: Any) -> BeforeValidator:
@@ -89,7 +99,7 @@ class GenerationRequest(BaseModel):
     repetition_penalty: Annotated[float, _no_null(1.0), Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
     presence_penalty: Annotated[float, _no_null(0.0), Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
     frequency_penalty: Annotated[float, _no_null(0.0), Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
-    logit_bias: dict[str, Bias] | None = None
+    logit_bias: Biases | None = None
     response_format: ResponseFormat | None = None
     stop: str | Texts | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
@@ -117,15 +127,12 @@ class GenerationRequest(BaseModel):
             echo: score the prompt, too, where log-probabilities are asked for.
 
         Raises:
-            PromptError: too many stop strings, or biases; GrammarError: no schema where one is announced.
+            PromptError: too many stop strings; GrammarError: no schema where one is announced.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MAX_STOPS:
             raise PromptError(f"stop has {len(stop)} strings; at most {MAX_STOPS} are possible")
-        biases = self.logit_bias or {}
-        if len(biases) > MAX_BIASES:
-            raise PromptError(f"logit_bias has {len(biases)} keys; at most {MAX_BIASES} are possible")
-        ids = {int(key): value for key, value in biases.items() if _ID.fullmatch(key)}
+        ids = {int(key): value for key, value in (self.logit_bias or {}).items() if _ID.fullmatch(key)}
         return SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,

@@ -1,13 +1,14 @@
 """GeneratedText against a model that looks at the whole text after each token; limits and deltas of a Request."""
 
 import random
+import time
 from collections.abc import Sequence
 
 import pytest
 
 from codellama.config import SamplingParams
 from codellama.errors import ContextLengthError, PromptError
-from codellama.generation.request import Completion, Delta, GeneratedText, Request, TokenScore, check_ids
+from codellama.generation.request import Completion, Delta, GeneratedText, Request, StopString, TokenScore, check_ids
 from codellama.tokenizer import Tokenizer
 from tests.support import bpe
 
@@ -127,6 +128,34 @@ def test_random_texts_against_the_whole_text() -> None:
         assert out == text.text
         assert [string for string in stop if string in out] == []
     assert 500 < stopped < 2500
+
+
+def test_stop_strings_that_repeat_themselves() -> None:
+    rng = random.Random(2)
+    for _ in range(2000):
+        text = "".join(rng.choices("ab", k=30))
+        stop = StopString("".join(rng.choices("ab", k=rng.randint(1, 9))))
+        begun = 0
+        while begun < len(text):
+            piece = text[begun : begun + rng.randint(1, 4)]
+            found = stop.push(piece)
+            so_far = text[: begun + len(piece)]
+            if stop.text in so_far:
+                assert found == so_far.index(stop.text) + len(stop.text) - begun
+                break
+            assert found is None
+            assert stop.length == max(n for n in range(len(stop.text)) if so_far.endswith(stop.text[:n]))
+            begun += len(piece)
+
+
+def test_long_stop_strings_and_much_that_is_held_cost_little() -> None:
+    text = GeneratedText(DEMO, [f"{'b' * 60_000}{index}" for index in range(64)], strip=True)
+    began = time.thread_time()
+    for id in spell("a" + " " * 3_000):
+        text.push(id)
+    assert text.finish() == ""
+    assert time.thread_time() - began < 5  # it takes hundredths of a second; 40, where all that is held is compared
+    assert text.text == "a"
 
 
 def test_white_space_is_stripped_around_and_kept_inside() -> None:

@@ -57,6 +57,29 @@ def test_a_line_for_each_request_without_its_words(service: ScriptedService, cap
     assert SECRET not in caplog.text
 
 
+@pytest.mark.parametrize("path", ["/v1/models/x%0Aid=forged", "/v1/models/x%20200%1B%5B2J", "/v1/models/%C3%A9"])
+def test_a_path_cannot_forge_a_line(service: ScriptedService, caplog: pytest.LogCaptureFixture, path: str) -> None:
+    caplog.set_level(logging.INFO, "codellama")
+    TestClient(make_app(service, Settings())).get(path, headers={"x-request-id": b"caf\xe9"})
+    (line,) = caplog.messages
+    assert line.isascii()
+    assert line.isprintable()
+    assert line.split()[2:4] == ["GET", path]
+
+
+def test_our_own_mistake_has_a_status_and_an_id(
+    service: ScriptedService, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "codellama")
+    monkeypatch.setattr(service, "submit", lambda *_: 1 / 0)
+    client = TestClient(make_app(service, Settings()), raise_server_exceptions=False)
+    failed = client.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "mine"})
+    assert (failed.status_code, failed.headers["x-request-id"]) == (500, "mine")
+    assert failed.json()["error"]["message"] == "the server failed; its log says why"
+    assert caplog.messages[0].startswith("id=mine testclient POST /v1/chat/completions 500 ")
+    assert samples(client)["codellama:http_requests_total", "500"] == 1
+
+
 def test_words_are_logged_where_they_may_be(service: ScriptedService, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "codellama")
     client = TestClient(make_app(service, Settings(log_prompts=True)))

@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+import threading
+import time
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from codellama.generation.prompt import PromptMaker
+from codellama.generation.prompt import Prompt, PromptMaker
 from codellama.generation.request import Delta
 from codellama.server import running
 from codellama.server.app import make_app
@@ -244,3 +246,38 @@ def test_a_silent_stream_is_kept_alive(service: ScriptedService, monkeypatch: py
         await connection.leave()
 
     asyncio.run(wait())
+
+
+def test_long_texts_to_tokenize_leave_the_event_loop_alone(service: ScriptedService) -> None:
+    async def busy() -> float:
+        connection = Connection(make_app(service, Settings()), {"content": "ab c" * 250_000}, "/tokenize")
+        began = time.thread_time()
+        await connection.until(b"}")
+        return time.thread_time() - began
+
+    assert asyncio.run(busy()) < 0.4  # hundredths of a second; 0.9 where FastAPI copies the ids
+
+
+def test_a_prompt_that_is_being_made_has_a_place(service: ScriptedService, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, may_go_on = PromptMaker.chat, threading.Event()
+
+    def slowly(*args: Any, **options: Any) -> Prompt:
+        may_go_on.wait(10)
+        return made(*args, **options)
+
+    monkeypatch.setattr(PromptMaker, "chat", slowly)
+
+    async def fill() -> None:
+        app = make_app(service, Settings(max_queue=0))
+        first = [Connection(app, CHAT), Connection(app, {"messages": [{"role": "user", "content": "word " * 99}]})]
+        await asyncio.sleep(0)  # both have begun
+        refused = Connection(app, CHAT)
+        await refused.until(b"2 prompts are under way")
+        may_go_on.set()
+        await asyncio.gather(*(connection.task for connection in first))
+        assert [connection.sent[0]["status"] for connection in first] == [200, 400]
+        both = Connection(app, {**CHAT, "n": 2})  # also the place of the one that was too long is free again
+        await both.task
+        assert both.sent[0]["status"] == 200
+
+    asyncio.run(fill())

@@ -128,3 +128,11 @@ def test_biases_and_schemas(client: TestClient, service: ScriptedService) -> Non
     assert "integer" in prompt.params.grammar.source
     refused = client.post("/completion", json={"prompt": "x", "logit_bias": [[5]]})
     assert "pairs" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_lone_surrogate_to_stop_at_comes_back(client: TestClient, stream: bool) -> None:
+    body = json.dumps({"prompt": "x", "stop": ["\ud800"], "stream": stream})
+    response = client.post("/completion", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 200
+    assert events(response.text.removeprefix("data: "))[-1]["generation_settings"]["stop"] == ["\ud800"]

@@ -13,12 +13,13 @@ import pytest
 from starlette.testclient import TestClient
 
 from codellama.assembly import assemble
-from codellama.config import RuntimeArgs
+from codellama.config import RuntimeArgs, SamplingParams
 from codellama.generation.request import Delta
 from codellama.prompts import Message
 from codellama.safety import keyword_filter
 from codellama.server import running
 from codellama.server.app import make_app
+from codellama.server.safety import SafeService
 from codellama.server.service import EngineService
 from codellama.server.settings import Settings
 from codellama.tokenizer import Tokenizer
@@ -236,6 +237,22 @@ def test_a_hook_that_hangs_takes_no_more_than_its_places(service: ScriptedServic
         await again.task
 
     asyncio.run(hang())
+
+
+def test_a_thread_that_cannot_start_gives_its_place_back(
+    service: ScriptedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    places = threading.BoundedSemaphore(1)
+    safe = SafeService(service, lambda messages: None, places, stream=False)
+    prompt = service.prompts.text("x", SamplingParams())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            safe.submit(prompt, print)
+    assert places.acquire(blocking=False)
 
 
 def test_a_hook_that_exits_and_our_own_mistakes_are_told(

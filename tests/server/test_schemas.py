@@ -1,12 +1,13 @@
 """From OpenAI's words to prompts: the same ids as the library makes, and the parameters that were asked for."""
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from codellama.config import Grammar
 from codellama.errors import GrammarError, PromptError
 from codellama.generation.prompt import PromptMaker
 from codellama.prompts import dialog_prompt_tokens, infilling_prompt_tokens
+from codellama.server.llama_cpp import InfillRequest, LlamaCppRequest
 from codellama.server.schemas import ChatRequest, CompletionRequest, split_markers
 from codellama.tokenizer import Tokenizer
 
@@ -91,8 +92,8 @@ def test_penalties_and_biases(maker: PromptMaker, tokenizer: Tokenizer) -> None:
     for wrong in ({"logit_bias": {"1": 101}}, {"presence_penalty": 2.1}, {"frequency_penalty": -3}):
         with pytest.raises(ValidationError):
             CompletionRequest.model_validate({"prompt": "a", **wrong})
-    with pytest.raises(PromptError, match="at most 1024"):
-        CompletionRequest(prompt="a", logit_bias={str(id): 0 for id in range(1025)}).prompts(maker, tokenizer)
+    with pytest.raises(ValidationError, match="1025 keys; at most 1024"):
+        CompletionRequest(prompt="a", logit_bias={str(id): 0 for id in range(1025)})
 
 
 def test_formats_of_an_answer(maker: PromptMaker, tokenizer: Tokenizer) -> None:
@@ -139,3 +140,19 @@ def test_lengths_where_none_is_asked_for(maker: PromptMaker, tokenizer: Tokenize
 def test_what_is_no_prompt(body: dict[str, object], reason: str, maker: PromptMaker, tokenizer: Tokenizer) -> None:
     with pytest.raises(PromptError, match=reason):
         CompletionRequest.model_validate(body).prompts(maker, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {"logit_bias": {str(id): "x" for id in range(5000)}}),
+        (LlamaCppRequest, {"prompt": [None] * 5000}),
+        (LlamaCppRequest, {"prompt": [[None]] * 5000}),
+        (LlamaCppRequest, {"logit_bias": [[id, "x"] for id in range(5000)]}),
+        (InfillRequest, {"input_prefix": "", "input_suffix": "", "input_extra": [1] * 5000}),
+    ],
+)
+def test_many_wrong_items_are_not_told_one_by_one(kind: type[BaseModel], body: dict[str, object]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 10  # one for each type that a field may have
