@@ -46,18 +46,27 @@ class Choice:
         """What a stream says before anything is generated."""
         return None
 
-    def push(self, delta: Delta) -> Iterator[Json]:
-        """Take a delta and yield what a stream says of it: a piece never goes on after a line's end."""
+    def take(self, delta: Delta) -> str:
+        """Take a delta, and return its text as the answer has it."""
         if delta.finish_reason == "content_filter":
             self.finish_reason, self.refusal = delta.finish_reason, str(delta.error)
-            yield from self._refusal(shown="".join(self._texts))
-            yield self._last()
-            return
+            return ""
         text, self._first = self._first + delta.text, ""
         self._texts.append(text)
         self._tokens += delta.tokens
         self._scores += delta.scores
         self.n_tokens = max(0, len(self._tokens) - self._echoed)
+        if delta.finish_reason is not None:
+            self.finish_reason, self.n_reused = delta.finish_reason, delta.n_reused
+        return text
+
+    def push(self, delta: Delta) -> Iterator[Json]:
+        """Take a delta and yield what a stream says of it: a piece never goes on after a line's end."""
+        text = self.take(delta)
+        if self.refusal is not None:
+            yield from self._refusal(shown="".join(self._texts))
+            yield self._last()
+            return
         logprobs = self._logprobs(delta.tokens, delta.scores) if self._wants_scores else None
         pieces = split_lines(text)
         if not pieces and logprobs is not None and delta.tokens:
@@ -66,7 +75,6 @@ class Choice:
             yield self._piece(piece, logprobs)
             logprobs = None  # with the first piece of its delta
         if delta.finish_reason is not None:
-            self.finish_reason, self.n_reused = delta.finish_reason, delta.n_reused
             yield self._last()
 
     def whole(self) -> Json:
@@ -244,6 +252,10 @@ class Answer:
             opening = choice.opening()
             if opening is not None:
                 yield self._chunk(opening)
+
+    def take(self, index: int, delta: Delta) -> None:
+        """Take a delta of a choice, for `whole`."""
+        self.choices[index].take(delta)
 
     def push(self, index: int, delta: Delta) -> Iterator[Json]:
         """Take a delta of a choice and yield the chunks that tell it."""

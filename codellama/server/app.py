@@ -113,7 +113,7 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
 
 def admitting(app: ASGIApp, settings: Settings) -> ASGIApp:
     """Put in front of an app what decides who may ask, from where, and how much at once."""
-    guard = Guard(app, settings.api_key, settings.max_body)
+    guard = Guard(app, settings.api_key, settings.max_body, settings.known_hosts)
     if not settings.cors:
         return guard
     # Outside of the guard: a browser asks for permission without a key.

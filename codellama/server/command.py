@@ -24,6 +24,7 @@ def serve(
     force: bool = False,
     cors: str | None = None,
     model_parallel_size: int | None = None,
+    allowed_hosts: str | None = None,
     max_queue: int = 64,
     timeout: float | None = None,
     grace: float = 10.0,
@@ -50,6 +51,8 @@ def serve(
         force: listen on a public address without a key.
         model_parallel_size: processes that share one copy of the weights; without it, all of them.
         cors (ORIGINS): pages of which origins may ask from a browser, with commas between; * is all.
+        allowed_hosts (NAMES): under which names, with commas between, clients may ask a server of this machine alone
+            that has no key; localhost and addresses always do.
         max_queue: prompts that may wait, beside those that run.
         timeout (SECONDS): what an answer may take at most; without it, as long as it needs.
         grace (SECONDS): what running answers get when the server is told to end.
@@ -73,7 +76,8 @@ def serve(
         max_queue=max_queue,
         timeout=timeout,
         grace=grace,
-        cors=tuple(origin.strip() for origin in cors.split(",")) if cors else (),
+        cors=_listed(cors),
+        allowed_hosts=_listed(allowed_hosts),
         log_prompts=log_prompts,
         safety=None if safety is None else load_hook(safety),
     )
@@ -90,3 +94,7 @@ def serve(
         ckpt_dir, tokenizer_path, runtime, settings, model_parallel_size,
         device=device, dtype=dtype, seed=seed, checkpoint_format=checkpoint_format,
     )  # fmt: skip
+
+
+def _listed(words: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in words.split(",")) if words else ()

@@ -29,6 +29,12 @@ class BrokenAnswerError(CodeLlamaError):
     status = 500
 
 
+class DeadEndError(BrokenAnswerError):
+    """A grammar allows nothing that this model could write next."""
+
+    status = 400
+
+
 class DeadlineError(BrokenAnswerError):
     """A generation took longer than a request may take."""
 

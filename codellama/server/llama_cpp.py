@@ -167,6 +167,10 @@ class LlamaCppAnswer:
         """Nothing."""
         return iter(())
 
+    def take(self, index: int, delta: Delta) -> None:
+        """Take a delta of a text, for `whole`."""
+        self._texts[index].take(delta)
+
     def push(self, index: int, delta: Delta) -> Iterator[Json]:
         """Take a delta of a text and yield the chunks that tell it."""
         return self._texts[index].push(delta)
@@ -203,12 +207,15 @@ class _Text:
     def n_reused(self) -> int:
         return self._latest.n_reused
 
-    def push(self, delta: Delta) -> Iterator[Json]:
+    def take(self, delta: Delta) -> None:
         self._times = [*self._times[:2], time.perf_counter()]
         self._latest = delta
         self._pieces.append(delta.text)
         self._tokens += delta.tokens
         self._scores += delta.scores
+
+    def push(self, delta: Delta) -> Iterator[Json]:
+        self.take(delta)
         probabilities, tokens = self._probabilities(delta.tokens, delta.scores), list(delta.tokens)
         for piece in split_lines(delta.text) or [""] * bool(delta.tokens):
             yield {

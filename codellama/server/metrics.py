@@ -16,6 +16,9 @@ _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2.5, 5
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 
 
+_ENDS = {"stop", "length", "content_filter"}  # of answers that the client got
+
+
 class _Load(Collector):
     """What runs and waits at the moment when it is asked for."""
 
@@ -61,8 +64,8 @@ class Metrics:
         self._prompt.labels(self._model_id).inc(record.prompt_tokens)
         self._cached.labels(self._model_id).inc(record.cached_tokens)
         self._generated.labels(self._model_id).inc(record.generated_tokens)
-        for end in record.ends:
-            self._success.labels(self._model_id, end).inc()
+        for end in _ENDS & set(record.ends):
+            self._success.labels(self._model_id, end).inc(record.ends.count(end))
         if record.wait is not None:
             self._wait.labels(self._model_id).observe(record.wait)
         gaps = self._gap.labels(self._model_id)

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
+from anyio import to_thread
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -19,7 +20,7 @@ from codellama.generation.prompt import Prompt
 from codellama.generation.request import Delta
 from codellama.server.access import RECORD
 from codellama.server.answers import Json
-from codellama.server.faults import BrokenAnswerError, BusyError, DeadlineError, error_body, tell
+from codellama.server.faults import BrokenAnswerError, BusyError, DeadEndError, DeadlineError, error_body, tell
 from codellama.server.record import Record
 from codellama.server.service import Handle, Service
 
@@ -49,6 +50,9 @@ class Answering(Protocol):
 
     def openings(self) -> Iterator[Json]:
         """Chunks that a stream begins with."""
+
+    def take(self, index: int, delta: Delta) -> None:
+        """Take a delta of a prompt, for `whole`."""
 
     def push(self, index: int, delta: Delta) -> Iterator[Json]:
         """Take a delta of a prompt and yield the chunks that tell it."""
@@ -105,7 +109,7 @@ class Run:
         self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self._timeout = timeout
         self._deadline = None if timeout is None else self._loop.time() + timeout
-        self._open = len(prompts)
+        self._open = self._unended = len(prompts)
         self._handles: list[Handle] = []
         try:
             for index, prompt in enumerate(prompts):
@@ -117,7 +121,14 @@ class Run:
     def _receive(self, index: int, delta: Delta) -> None:
         """Take a delta, in the engine's thread."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deltas.put_nowait, (index, delta))
+            self._loop.call_soon_threadsafe(self._note, index, delta)
+
+    def _note(self, index: int, delta: Delta) -> None:
+        """Keep a delta for `next`; when all have ended the places are free, even if nobody reads what is sent."""
+        self._deltas.put_nowait((index, delta))
+        self._unended -= delta.finish_reason is not None
+        if self._unended == 0:
+            self._places.close()
 
     @property
     def running(self) -> bool:
@@ -139,8 +150,10 @@ class Run:
             ) from error
         if delta.finish_reason is not None:
             self._open -= 1
+        if isinstance(delta.error, GrammarError):
+            raise DeadEndError(str(delta.error))
         if delta.finish_reason == "error":
-            known = isinstance(delta.error, NumericalError | GrammarError | BrokenAnswerError)
+            known = isinstance(delta.error, NumericalError | BrokenAnswerError)
             raise BrokenAnswerError(str(delta.error) if known else "the model failed; the server's log says why")
         if delta.finish_reason == "cancelled":
             raise BrokenAnswerError("the server was stopped before the answer was done")
@@ -187,7 +200,11 @@ class Running(Response):
         """Wait for what comes next, and return the chunks that tell it."""
         index, delta = await self._run.next()
         before = self._answer.n_generated
-        chunks = list(self._answer.push(index, delta))
+        chunks: list[Json] = []
+        if self._stream:
+            chunks += self._answer.push(index, delta)
+        else:
+            self._answer.take(index, delta)
         record.cached_tokens = self._answer.cached_tokens
         record.take(index, delta, self._answer.n_generated - before)
         if self._log_answers and delta.text:
@@ -202,7 +219,9 @@ class Running(Response):
             record.ends.append(type(error).__name__)
             response: Response = tell(error)
         else:
-            response = Response(dump(self._answer.whole()), media_type="application/json")
+            # Log-probabilities of many tokens are much text: the event loop has other clients meanwhile.
+            body = await to_thread.run_sync(lambda: dump(self._answer.whole()))
+            response = Response(body, media_type="application/json")
         await response(scope, receive, send)
 
     async def _events(self, send: Send, record: Record) -> None:

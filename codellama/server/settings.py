@@ -31,6 +31,7 @@ class Settings:
         timeout: seconds that an answer may take; None is as long as it needs.
         grace: seconds that running answers get when the server is told to end.
         cors: origins whose pages may ask; "*" is all.
+        allowed_hosts: names under which clients may ask for a server of this machine alone that has no key.
         log_prompts: write what is asked and answered to the log, too.
         safety: reads prompts and answers before anybody else; docs/safety.md.
 
@@ -47,6 +48,7 @@ class Settings:
     timeout: float | None = None
     grace: float = 10.0
     cors: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     log_prompts: bool = False
     safety: SafetyHook | None = None
 
@@ -65,6 +67,11 @@ class Settings:
             parts = urlsplit(origin)
             if origin != "*" and origin != f"{parts.scheme}://{parts.netloc}":
                 raise ValueError(f"cors holds {origin!r}; an origin such as http://localhost:3000 was expected, or *")
+
+    @property
+    def known_hosts(self) -> tuple[str, ...] | None:
+        """Names under which clients may ask; None is any, since a key, or a network that others see, decides."""
+        return None if self.api_key is not None or is_public(self.host) else self.allowed_hosts
 
     def refuse_public(self) -> None:
         """Refuse to serve everybody who can reach this address.
@@ -89,9 +96,9 @@ def find_key(api_key: str | None, api_key_file: str | None) -> str | None:
         raise ValueError("both --api_key and --api_key_file are given; one was expected")
     if api_key_file is None:
         found = os.environ.get(KEY_VARIABLE) if api_key is None else api_key
-        if api_key is None and found == "":
+        if api_key is None and found is not None and not found.strip():
             raise ValueError(f"{KEY_VARIABLE} is set and empty; unset it to serve without a key")
-        return found
+        return None if found is None else found.strip()
     lines = Path(api_key_file).read_text().split("\n", 1)
     if not lines[0].strip():
         raise ValueError(f"the first line of {api_key_file} is empty; a key was expected there")

@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from codellama.assembly import assemble
 from codellama.config import RuntimeArgs
+from codellama.errors import GrammarError
 from codellama.generation.request import Delta
 from codellama.server.app import make_app
 from codellama.server.banner import write_banner
@@ -43,7 +44,7 @@ def samples(client: TestClient) -> dict[tuple[str, str], float]:
 
 def test_a_line_for_each_request_without_its_words(service: ScriptedService, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "codellama")
-    client = TestClient(make_app(service, Settings()))
+    client = TestClient(make_app(service, Settings()), "http://localhost")
     given = client.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "mine-1"})
     assert given.headers["x-request-id"] == "mine-1"
     drawn = client.get("/v1/models", headers={"x-request-id": "no id"}).headers["x-request-id"]
@@ -60,7 +61,7 @@ def test_a_line_for_each_request_without_its_words(service: ScriptedService, cap
 @pytest.mark.parametrize("path", ["/v1/models/x%0Aid=forged", "/v1/models/x%20200%1B%5B2J", "/v1/models/%C3%A9"])
 def test_a_path_cannot_forge_a_line(service: ScriptedService, caplog: pytest.LogCaptureFixture, path: str) -> None:
     caplog.set_level(logging.INFO, "codellama")
-    TestClient(make_app(service, Settings())).get(path, headers={"x-request-id": b"caf\xe9"})
+    TestClient(make_app(service, Settings()), "http://localhost").get(path, headers={"x-request-id": b"caf\xe9"})
     (line,) = caplog.messages
     assert line.isascii()
     assert line.isprintable()
@@ -72,7 +73,7 @@ def test_our_own_mistake_has_a_status_and_an_id(
 ) -> None:
     caplog.set_level(logging.INFO, "codellama")
     monkeypatch.setattr(service, "submit", lambda *_: 1 / 0)
-    client = TestClient(make_app(service, Settings()), raise_server_exceptions=False)
+    client = TestClient(make_app(service, Settings()), "http://localhost", raise_server_exceptions=False)
     failed = client.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "mine"})
     assert (failed.status_code, failed.headers["x-request-id"]) == (500, "mine")
     assert failed.json()["error"]["message"] == "the server failed; its log says why"
@@ -82,14 +83,14 @@ def test_our_own_mistake_has_a_status_and_an_id(
 
 def test_words_are_logged_where_they_may_be(service: ScriptedService, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "codellama")
-    client = TestClient(make_app(service, Settings(log_prompts=True)))
+    client = TestClient(make_app(service, Settings(log_prompts=True)), "http://localhost")
     assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
     assert SECRET in caplog.text
     assert "text=' there'" in caplog.text
 
 
 def test_metrics(service: ScriptedService) -> None:
-    client = TestClient(make_app(service, Settings(model_id="m")), raise_server_exceptions=False)
+    client = TestClient(make_app(service, Settings(model_id="m")), "http://localhost", raise_server_exceptions=False)
     for _ in range(2):
         client.post("/v1/chat/completions", json={**CHAT, "n": 2})
     client.post("/v1/chat/completions", json={})
@@ -107,7 +108,7 @@ def test_metrics(service: ScriptedService) -> None:
 
 def test_an_answer_that_takes_too_long(service: ScriptedService) -> None:
     service.script = [Delta("Hi", (5,))]
-    client = TestClient(make_app(service, Settings(timeout=0.05)))
+    client = TestClient(make_app(service, Settings(timeout=0.05)), "http://localhost")
     whole = client.post("/v1/chat/completions", json=CHAT)
     assert (whole.status_code, whole.headers["x-should-retry"]) == (504, "false")
     assert "longer than 0.05 seconds" in whole.json()["error"]["message"]
@@ -120,9 +121,9 @@ def test_an_answer_that_takes_too_long(service: ScriptedService) -> None:
 
 def test_pages_of_other_origins(service: ScriptedService) -> None:
     asking = {"origin": "http://localhost:3000", "access-control-request-method": "POST"}
-    closed = TestClient(make_app(service, Settings(api_key="k")))
+    closed = TestClient(make_app(service, Settings(api_key="k")), "http://localhost")
     assert "access-control-allow-origin" not in closed.options("/v1/chat/completions", headers=asking).headers
-    opened = TestClient(make_app(service, Settings(api_key="k", cors=("http://localhost:3000",))))
+    opened = TestClient(make_app(service, Settings(api_key="k", cors=("http://localhost:3000",))), "http://localhost")
     asking["access-control-request-headers"] = "authorization,content-type"
     allowed = opened.options("/v1/chat/completions", headers=asking)
     assert allowed.status_code == 200
@@ -168,3 +169,26 @@ def test_the_banner_can_be_pasted_and_shows_no_key() -> None:
     assert f'-H "Authorization: Bearer ${KEY_VARIABLE}"' in banner
     assert "curl http://[::1]:80/v1/" in write_banner(parts, Settings(), "::1", 80)
     parts.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:8000", 200), ("LOCALHOST", 200), ("named.example:80", 200),
+        ("evil.example", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("[evil", 403),
+    ],
+)  # fmt: skip
+def test_a_page_whose_name_leads_here_may_not_ask(service: ScriptedService, host: str, status: int) -> None:
+    closed = make_app(service, Settings(allowed_hosts=("named.example",)))
+    assert TestClient(closed).get("/v1/models", headers={"host": host}).status_code == status
+    for open_to_all in (Settings(api_key="k"), Settings(host="0.0.0.0")):
+        headers = {"host": host, "authorization": "bearer k"}
+        assert TestClient(make_app(service, open_to_all)).get("/v1/models", headers=headers).status_code == 200
+
+
+def test_a_dead_end_of_a_grammar_is_the_requests_own_fault(service: ScriptedService) -> None:
+    service.script = [Delta("", finish_reason="error", error=GrammarError("nothing may follow"))]
+    client = TestClient(make_app(service, Settings(model_id="m")), "http://localhost")
+    answer = client.post("/v1/chat/completions", json=CHAT)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "nothing may follow")
+    assert not any(name.startswith("vllm:request_success") for name, _ in samples(client))

@@ -28,7 +28,11 @@ def service(tokenizer: Tokenizer) -> ScriptedService:
 
 
 def client(service: ScriptedService, **options: Any) -> TestClient:
-    return TestClient(make_app(service, Settings(model_id="codellama-tiny", **options)), raise_server_exceptions=False)
+    return TestClient(
+        make_app(service, Settings(model_id="codellama-tiny", **options)),
+        "http://localhost",
+        raise_server_exceptions=False,
+    )
 
 
 def events(text: str) -> list[Any]:

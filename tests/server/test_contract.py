@@ -37,7 +37,8 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> Any:
     tokenizer = tiny.tiny_tokenizer(tmp_path_factory.mktemp("contract"))
     score = TokenScore(-1.0, ((5, -1.0), (6, -2.0)))
     script = (Delta("Hi", (5,), (score,)), Delta(":\n", (6, 7), (score, score)), Delta("", finish_reason="stop"))
-    return schemathesis.openapi.from_asgi("/openapi.json", make_app(ScriptedService(tokenizer, script), Settings()))
+    open_to_it = Settings(allowed_hosts=("testserver",))
+    return schemathesis.openapi.from_asgi("/openapi.json", make_app(ScriptedService(tokenizer, script), open_to_it))
 
 
 ROUTES = [

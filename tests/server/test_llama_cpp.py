@@ -27,7 +27,9 @@ def service(tokenizer: Tokenizer) -> ScriptedService:
 
 @pytest.fixture
 def client(service: ScriptedService) -> TestClient:
-    return TestClient(make_app(service, Settings(model_id="codellama-tiny")), raise_server_exceptions=False)
+    return TestClient(
+        make_app(service, Settings(model_id="codellama-tiny")), "http://localhost", raise_server_exceptions=False
+    )
 
 
 def events(text: str) -> list[Any]:

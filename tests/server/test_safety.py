@@ -44,7 +44,7 @@ def service(tokenizer: Tokenizer) -> ScriptedService:
 
 
 def client(service: Any, hook: Any) -> TestClient:
-    return TestClient(make_app(service, Settings(safety=hook)), raise_server_exceptions=False)
+    return TestClient(make_app(service, Settings(safety=hook)), "http://localhost", raise_server_exceptions=False)
 
 
 def wait_until(condition: Callable[[], object]) -> None:
