@@ -80,6 +80,16 @@ def own_number() -> int | None:
     return None
 
 
+def open_to_all(path: str) -> bool:
+    """Say whether a user that nobody knows may read a file."""
+    folder = os.path.dirname(path)
+    while folder != os.path.dirname(folder):
+        if not os.stat(folder).st_mode & stat.S_IXOTH:
+            return False
+        folder = os.path.dirname(folder)
+    return bool(os.stat(path).st_mode & stat.S_IROTH)
+
+
 def open_namespaces() -> None:
     """Give this process's children a network without devices, and a table of processes of their own.
 
@@ -88,16 +98,13 @@ def open_namespaces() -> None:
     """
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):  # a container's root may lack the right; then the way of other users
-            return void(call("unshare", CLONE_OTHERS))
+            call("unshare", CLONE_OTHERS)
+            return
     user, group = os.geteuid(), os.getegid()
     call("unshare", CLONE_NEWUSER | CLONE_OTHERS)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
-
-
-def void(_: int) -> None:
-    """Forget a result."""
 
 
 def libraries() -> list[str]:

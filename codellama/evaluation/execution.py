@@ -63,8 +63,8 @@ class Outcome:
     Attributes:
         passed: its last statement ran, in the process that was started, and nothing was raised.
         reason: `passed`; `failed` (something was raised, SystemExit too); `exited` (it ended before its last
-            statement); `timeout` (wall or processor time); `memory`; `output` (far more than is kept); `processes` (too many);
-            `killed` (by a signal, such as that of a segmentation fault).
+            statement); `timeout` (wall or processor time); `memory`; `output` (far more than is kept); `processes` (too
+            many); `killed` (by a signal, such as that of a segmentation fault).
         output: standard output and standard error as they came, the first part; the traceback is at its end.
         seconds: wall time from the start of the confined process to the verdict.
     """

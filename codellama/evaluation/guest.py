@@ -24,6 +24,7 @@ from codellama.evaluation import confinement
 from codellama.evaluation.confinement import LINUX, WORK, prctl
 
 OUTPUT_READ = 256  # times the output that is kept: a program that writes more is ended
+PATIENCE = 20.0  # seconds until a busy machine has confined a process, or buried the killed ones
 TICK = 0.05  # seconds between two looks at memory and processes
 
 
@@ -73,7 +74,7 @@ def be_program(request: dict[str, Any], layers: dict[str, str], pipes: dict[str,
         if layers["namespaces"] and layers["seccomp"]:
             sys.modules["_socket"] = None  # type: ignore[assignment]
     confinement.limit(request, processes)
-    os.write(pipes["status"], json.dumps({"layers": layers}).encode() + b"\n")
+    os.write(pipes["status"], json.dumps({"layers": layers, "program": os.getpid()}).encode() + b"\n")
     os.close(pipes["status"])
     run(request["source"], pipes["claim"], pipes["number"])
 
@@ -98,7 +99,10 @@ def be_init(request: dict[str, Any], layers: dict[str, str], pipes: dict[str, in
     owner = os.geteuid() if user is None else user
     attempt(layers, request, "root", confinement.make_root, request["folder"], request["file_size"], owner)
     if layers["root"] and user is not None:
-        os.chown(request["folder"], user, user)
+        if confinement.open_to_all(os.__file__):
+            os.chown(request["folder"], user, user)
+        else:
+            layers["user"], user = f"others may not read {os.path.dirname(os.__file__)}", None
     program = os.fork()
     if program == 0:
         be_program(request, layers, pipes, user)
@@ -107,7 +111,7 @@ def be_init(request: dict[str, Any], layers: dict[str, str], pipes: dict[str, in
     ended = 0
     while ended != program:
         ended, status, usage = os.wait4(-1, 0)
-    report = {"program": program, "status": status, "cpu": usage.ru_utime + usage.ru_stime}
+    report = {"status": status, "cpu": usage.ru_utime + usage.ru_stime}
     os.write(pipes["status"], json.dumps(report).encode() + b"\n")
     os._exit(0)
 
@@ -132,8 +136,12 @@ def resident(process: int) -> int:
     return 0
 
 
-def kill_all(init: int, user: int | None) -> None:
-    """End every process that the program started, and bury those that became ours."""
+def kill_all(init: int, program: int | None, user: int | None) -> None:
+    """End every process that the program started, and bury those that became ours.
+
+    Raises:
+        RuntimeError: some live on.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.kill(init, signal.SIGKILL)
     if user is not None:  # all of that user at once: a scan could miss one that forks as fast as we look
@@ -143,7 +151,10 @@ def kill_all(init: int, user: int | None) -> None:
                 os.setresuid(user, user, user)
                 os.kill(-1, signal.SIGKILL)
             os._exit(0)
-    until = time.monotonic() + 10
+    if not LINUX and program is not None:  # nobody lists the descendants: those that left the session stay
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(program, signal.SIGKILL)
+    until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         for one in tree(os.getpid()):
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -154,6 +165,7 @@ def kill_all(init: int, user: int | None) -> None:
         except ChildProcessError:
             return
         time.sleep(0.001)
+    raise RuntimeError(f"processes of the program live on: {tree(os.getpid())}")
 
 
 def main() -> None:
@@ -185,7 +197,9 @@ def main() -> None:
         prctl(confinement.PR_SET_DUMPABLE, 0)
     secret = os.urandom(16).hex().encode()  # made after the fork: it is in no memory of the program
     os.write(number, secret)
-    Watch(request, init, output, status).report(claim, secret, user)
+    # A process table of its own dies with its first process; nothing can be started in it afterwards.
+    alone = user if layers["namespaces"] else None
+    Watch(request, init, output, status).report(claim, secret, alone)
 
 
 class Watch:
@@ -194,8 +208,9 @@ class Watch:
     def __init__(self, request: dict[str, Any], init: int, output: int, status: int) -> None:
         """Watch until the program ends, or has to."""
         self.request, self.init, self.output, self.status = request, init, output, status
-        self.kept, self.read, self.reason, self.lines = bytearray(), 0, "", b""
-        self.began = time.monotonic()
+        self.kept, self.read, self.reason = bytearray(), 0, ""
+        self.facts: dict[str, Any] = {}
+        self.began = time.monotonic()  # again when the program is confined and begins
         poll = select.poll()
         for descriptor in (output, status, request["lifeline"]):
             os.set_blocking(descriptor, False)
@@ -210,7 +225,7 @@ class Watch:
                 elif not self.drain():
                     poll.unregister(output)
             now = time.monotonic()
-            if not self.reason and now - self.began > request["timeout"]:
+            if not self.reason and now - self.began > (request["timeout"] if self.facts else PATIENCE):
                 self.reason = "timeout"
             elif not self.reason and now - looked > TICK:
                 looked, self.reason = now, self.look()
@@ -229,10 +244,13 @@ class Watch:
         return bool(part)
 
     def hear(self) -> str:
-        """Read what init says; `ended` when the program has, or init itself."""
-        part = os.read(self.status, 4096)
-        self.lines += part
-        return "ended" if not part or b'"status"' in self.lines else ""
+        """Read what program and init say; `ended` when the program has, or init itself."""
+        part = os.read(self.status, 4096)  # each line was written at once, and a pipe keeps that together
+        if part and not self.facts:
+            self.began = time.monotonic()
+        for line in part.splitlines():
+            self.facts.update(json.loads(line))
+        return "" if part and "status" not in self.facts else "ended"
 
     def look(self) -> str:
         """Return why the program must end now: memory or number of all its processes."""
@@ -243,31 +261,32 @@ class Watch:
 
     def report(self, claim: int, secret: bytes, user: int | None) -> None:
         """End what is left, judge, and write the report."""
-        kill_all(self.init, user)
+        kill_all(self.init, self.facts.get("program"), user)
         while self.read <= self.request["output"] * OUTPUT_READ:
             before = self.read
             self.drain()
             if self.read == before:
                 break
-        facts: dict[str, Any] = {"layers": None}
-        for line in self.lines.splitlines():
-            facts.update(json.loads(line))
+        text = self.kept.decode("utf-8", "replace")
+        if "layers" not in self.facts and self.reason != "killed":
+            raise RuntimeError(f"the program was never confined. {text}")
         os.set_blocking(claim, False)
         try:
             claimed = os.read(claim, 256)
         except BlockingIOError:
             claimed = b""
         if self.reason == "ended":
-            self.reason = judge(facts, claimed, secret, self.request["cpu_time"])
-        text = self.kept.decode("utf-8", "replace")
-        report = {"reason": self.reason, "output": text, "seconds": self.seconds, "layers": facts["layers"]}
+            self.reason = judge(self.facts, claimed, secret, self.request["cpu_time"])
+        report = {"reason": self.reason, "output": text, "seconds": self.seconds, "layers": self.facts.get("layers")}
         sys.stdout.write(json.dumps(report))
+        sys.stdout.flush()
+        os._exit(0)  # an interpreter takes milliseconds to tidy up
 
 
 def judge(facts: dict[str, Any], claimed: bytes, secret: bytes, cpu_time: float) -> str:
     """Say how a program that ended by itself has ended."""
     status = facts.get("status")
-    if status is None:
+    if status is None:  # it has ended its init
         return "killed"
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
