@@ -168,7 +168,7 @@ def _converse(request: bytes, lifeline: int, folder: str, timeout: float) -> tup
     assert sys.executable, "an interpreter that does not know where it is cannot start another"
     # No -I: it would ignore PYTHONHASHSEED. The environment holds what stands here alone.
     command = [sys.executable, "-S", "-s", "-P", "-B", "-X", "utf8", "-c", START, PACKAGE]
-    environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+    environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command,

@@ -6,14 +6,15 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from codellama.evaluation.confinement import open_to_all
 from codellama.evaluation.execution import PACKAGE, Layer, Reason, isolation, remove, run_program
 
 LINUX = sys.platform == "linux"
@@ -57,6 +58,9 @@ class Adversary:
 
 
 QUICK = {"timeout": 0.7}
+DEAF = """import signal
+for one in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}: signal.signal(one, signal.SIG_IGN)
+while True: pass"""
 # The second half of each source would pass, had the first not been stopped.
 ADVERSARIES = [
     Adversary(
@@ -71,8 +75,8 @@ ADVERSARIES = [
     Adversary("memory bit by bit", "x = []\nwhile True: x.append(bytearray(2**20))", ("memory",), {"memory": 2**27}),
     Adversary(
         "memory of all together",
-        "import os, time\nfor _ in range(8): os.fork()  if os.getpid() else 0\nx = b'x' * 50_000_000\ntime.sleep(9)",
-        ("memory", "failed", "processes"),
+        "import os, time\nfor _ in range(4): os.fork()\nx = b'x' * 50_000_000\ntime.sleep(9)",
+        ("memory",),
         {"memory": 2**27, "timeout": 8},
     ),
     Adversary("endless loop", "while True: pass", ("timeout",), QUICK),
@@ -80,13 +84,12 @@ ADVERSARIES = [
     Adversary("endless sleep", "import time\ntime.sleep(1e6)", ("timeout",), QUICK),
     Adversary(
         "deaf to signals",
-        "import signal\nfor s in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}: signal.signal(s, signal.SIG_IGN)\n"
-        "while True: pass",
+        DEAF,
         ("timeout",),
         {"cpu_time": 1, "timeout": 20},
     ),
     Adversary("stopped by itself", "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", ("timeout",), QUICK),
-    Adversary("endless output", "while True: print('x' * 99)", ("output", "timeout"), {"output": 1000, "timeout": 5}),
+    Adversary("endless output", "while True: print('x' * 99)", ("output",), {"output": 1000, "timeout": 9}),
     Adversary(
         "output without a line's end", "import os\nwhile True: os.write(2, b'x' * 65536)", ("output",), {"timeout": 9}
     ),
@@ -218,13 +221,11 @@ def test_modes_outside_are_out_of_reach(tmp_path: Path) -> None:
 
 def test_nothing_of_ours_is_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_KEY", "the secret")
-    source = (
-        "import os, sys\nprint(os.environ, sys.argv, os.getcwd())\nfor n in range(3, 99):\n try: print(os.readlink(n))"
-    )
-    outcome = run_program(source + "\n except (OSError, TypeError): pass")
+    outcome = run_program("import os, sys\nprint(dict(os.environ), sys.argv)")
     assert outcome.passed, outcome
     assert "the secret" not in outcome.output
     assert run_program("import numpy").reason == "failed"
+    assert run_program("import codellama").reason == "failed"
 
 
 NETWORK = {
@@ -261,26 +262,32 @@ def test_without_any_layer_sockets_are_gone_and_the_words_say_so() -> None:
 def test_as_an_unprivileged_user(folder: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to become somebody else; without root all tests here are that test")
-    program = (
-        f"import sys; sys.path.append({PACKAGE!r})\n"
-        "from codellama.evaluation.execution import isolation, run_program as run\n"
-        "print(run('assert True').reason, run('while True: pass', timeout=0.5).reason, isolation(), sep='\\n')\n"
-        "print(run('import socket; socket.socket()').reason, run('import os; os._exit(0)').reason)\n"
-        f'print(run(\'import os, time; os.fork() or os.execv("/bin/sleep", ["s", "{SLEEPER}"]); time.sleep(.2)\').reason)'
+    program = f"""
+import sys
+sys.path.append({PACKAGE!r})
+from codellama.evaluation.execution import isolation, run_program
+sleeper = 'import os, time; os.fork() or os.execv("/bin/sleep", ["s", "{SLEEPER}"]); time.sleep(.2)'
+print(isolation())
+for source in "assert True", "while True: pass", "import socket; socket.socket()", "import os; os._exit(0)", sleeper:
+    print(run_program(source, timeout=2).reason)
+"""
+    candidates = (Path(sys.base_prefix, "bin/python3"), Path("/usr/bin/python3"))
+    usable = [one for one in candidates if one.exists() and open_to_all(str(one.resolve()))]
+    if not usable or not open_to_all(f"{PACKAGE}/codellama/__init__.py"):
+        pytest.skip(f"other users may not run {candidates}, or not read {PACKAGE}")
+    done = subprocess.run(
+        [usable[0], "-B", "-c", program],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"TMPDIR": "/tmp"},
+        user=65534,
+        group=65534,
+        extra_groups=[],
     )
-    base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    nobody = {"user": 65534, "group": 65534, "extra_groups": []}
-    try:
-        done = subprocess.run(
-            [base, "-c", program], cwd="/", capture_output=True, text=True, timeout=60, env={"TMPDIR": "/tmp"}, **nobody
-        )
-    except PermissionError:
-        pytest.skip(f"{base} may not be run by other users")
-    if "ModuleNotFoundError" in done.stderr:
-        pytest.skip(f"{PACKAGE} may not be read by other users")
     lines = done.stdout.splitlines()
-    assert lines[:2] == ["passed", "timeout"], done
-    assert lines[-2:] == ["failed exited", "passed"], done
+    assert lines[-5:] == ["passed", "timeout", "failed", "exited", "passed"], done
     assert "runs as this user" in done.stdout
     assert survivors() == []
 
@@ -319,7 +326,7 @@ assert __name__ != "__main__"
         "import shutil, os\nshutil.rmtree(os.getcwd(), ignore_errors=True)",
         "import os\nfor n in range(3000): open(str(n), 'w').close()",
         "import os\nos.mkdir('a'); open('a/b', 'w').close(); os.chmod('a/b', 0); os.chmod('a', 0)",
-        "import os\nfor _ in range(1500): os.mkdir('d'); os.chdir('d')",
+        "import os\nfor _ in range(1100): os.mkdir('d'); os.chdir('d')",
         "import sys\nfor _ in range(200): sys.stderr.write('x' * 20_000)",
     ],
     ids=[
@@ -371,9 +378,9 @@ def test_dies_with_the_process_that_started_it(folder: Path) -> None:
     wait_until(lambda: survivors() == [])
 
 
-def wait_until(condition: "object") -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + 20
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < until
         time.sleep(0.02)
 
@@ -402,4 +409,3 @@ def test_remove_takes_what_rmtree_does_not(tmp_path: Path) -> None:
     remove(str(top))
     assert list(tmp_path.glob("top*")) == []
     assert tmp_path.is_dir()
-    assert threading.active_count() >= 1
