@@ -200,24 +200,36 @@ def _converse(request: bytes, lifeline: int, folder: str, timeout: float) -> tup
 
 
 def remove(folder: str) -> None:
-    """Remove a folder with all that is in it, however deep and whatever its modes say.
+    """Remove a folder with all that is in it, however deep and whatever its modes say; nothing may use it any more.
 
-    `shutil.rmtree` gives up at folders without permissions and at a thousand levels. This one moves what lies two
-    levels down up by one until there is nothing left.
+    `shutil.rmtree` gives up at folders without permissions and at a thousand levels. This one holds one folder open.
     """
-    moved = 0
-    while inside := list(os.scandir(folder)):
-        for one in inside:
-            if not one.is_dir(follow_symlinks=False):
-                os.unlink(one.path)
-                continue
-            os.chmod(one.path, 0o700)
-            for inner in list(os.scandir(one.path)):
-                if inner.is_dir(follow_symlinks=False):
-                    os.chmod(inner.path, 0o700)
-                    moved += 1
-                    os.rename(inner.path, f"{folder}/.moved-{os.getpid()}-{moved}")
-                else:
-                    os.unlink(inner.path)
-            os.rmdir(one.path)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    here = os.open(folder, flags)
+    left = [_remove_files(here)]  # for each level on the way down, the folders that are still in it
+    while left[-1] or len(left) > 1:
+        if left[-1]:
+            os.chmod(left[-1][-1], 0o700, dir_fd=here)
+            there = os.open(left[-1][-1], flags, dir_fd=here)
+            left.append(_remove_files(there))
+        else:
+            there = os.open("..", flags, dir_fd=here)
+            left.pop()
+            os.rmdir(left[-1].pop(), dir_fd=there)
+        os.close(here)
+        here = there
+    os.close(here)
     os.rmdir(folder)
+
+
+def _remove_files(folder: int) -> list[str]:
+    """Remove what is no folder from an open folder; return the names of the folders."""
+    folders = []
+    with os.scandir(folder) as entries:
+        inside = list(entries)
+    for one in inside:
+        if one.is_dir(follow_symlinks=False):
+            folders.append(one.name)
+        else:
+            os.unlink(one.name, dir_fd=folder)
+    return folders
