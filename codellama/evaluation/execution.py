@@ -47,7 +47,7 @@ PACKAGE = str(Path(__file__).parents[2])
 HOLDS: dict[Layer, tuple[str, str]] = {
     "namespaces": (
         "no network; a process table of its own",
-        "processes are found by their parents, and ended one by one",
+        "processes are found by their parents (on macOS by their session) and ended one by one",
     ),
     "root": ("sees Python and one folder in memory alone", "sees the file system; many small files can fill the disk"),
     "landlock": ("reads Python alone, writes to its folder alone", "reads and writes whatever its user may"),

@@ -69,10 +69,10 @@ def be_program(request: dict[str, Any], layers: dict[str, str], pipes: dict[str,
         if user is None:  # the count of an unprivileged user holds our own two processes, or all that he runs
             processes += 2 if not layers["namespaces"] else confinement.tasks_of(os.getuid())
         confinement.give_up_rights(user)
-        attempt(layers, request, "landlock", confinement.restrict_files, work, not layers["root"])
-        attempt(layers, request, "seccomp", confinement.refuse_calls)
-        if layers["namespaces"] and layers["seccomp"]:
-            sys.modules["_socket"] = None  # type: ignore[assignment]
+    attempt(layers, request, "landlock", confinement.restrict_files, work, not layers["root"])
+    attempt(layers, request, "seccomp", confinement.refuse_calls)
+    if layers["namespaces"] and layers["seccomp"]:
+        sys.modules["_socket"] = None  # type: ignore[assignment]
     confinement.limit(request, processes)
     os.write(pipes["status"], json.dumps({"layers": layers, "program": os.getpid()}).encode() + b"\n")
     os.close(pipes["status"])
@@ -175,8 +175,9 @@ def main() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "codellama"]:
         del sys.modules[name]
     layers: dict[str, str] = {}
-    user = confinement.own_number() if LINUX and "user" not in request["without"] else None
     attempt(layers, request, "namespaces", confinement.open_namespaces)
+    # Afterwards: a namespace of users, where it takes one, knows a single number.
+    user = confinement.own_number() if LINUX and "user" not in request["without"] else None
     layers["user"] = "" if user is not None else "only root can choose another user"
     output, output_end = os.pipe()
     status, status_end = os.pipe()

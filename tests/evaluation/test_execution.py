@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from codellama.evaluation import execution
 from codellama.evaluation.confinement import open_to_all
 from codellama.evaluation.execution import PACKAGE, Layer, Reason, isolation, remove, run_program
 
@@ -257,6 +258,16 @@ def test_without_any_layer_sockets_are_gone_and_the_words_say_so() -> None:
     assert isolation(ALL).in_force == ()
     assert len(isolation(ALL).missing) == len(ALL) + 1
     assert "Python's socket module alone" in str(isolation(ALL))
+
+
+def test_without_linux_there_are_limits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = "import ctypes, resource, select, subprocess, sys; sys.platform = 'darwin'; "
+    monkeypatch.setattr(execution, "START", elsewhere + execution.START)
+    assert isolation().in_force == ()
+    assert "there is none but on Linux" in str(isolation())
+    for source, reason in (("assert True", "passed"), ("while True: pass", "timeout"), ("import socket", "failed")):
+        assert run_program(source, timeout=1).reason == reason
+    assert survivors() == []
 
 
 def test_as_an_unprivileged_user(folder: Path) -> None:
