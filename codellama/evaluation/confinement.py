@@ -154,13 +154,22 @@ def make_root(folder: str, size: int, owner: int) -> None:
     os.chdir("/")
 
 
+def landlock_version() -> int:
+    """Return what the kernel's Landlock can do: the 4th version knows of TCP, the 6th of signals.
+
+    Raises:
+        OSError: the kernel has no Landlock.
+    """
+    return syscall(LANDLOCK_CREATE, None, numbers(0), 1)
+
+
 def restrict_files(work: str, own_root: bool) -> None:
     """Let this process and its children read what Python needs and write to its folder, with Landlock.
 
     Raises:
         OSError: the kernel has no Landlock.
     """
-    version = syscall(LANDLOCK_CREATE, None, numbers(0), 1)
+    version = landlock_version()
     every = (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1
     handled = struct.pack("QQQ", every, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     rules = syscall(LANDLOCK_CREATE, ctypes.create_string_buffer(handled, 24), numbers(24), 0)

@@ -129,6 +129,8 @@ def isolation(without: Collection[Layer] = ()) -> Isolation:
     missing = [f"{HOLDS[name][1]} (no {name}: {layers[name]})" for name in HOLDS if layers[name]]
     if layers["namespaces"] and layers["seccomp"]:
         missing.append("the network is out of reach for Python's socket module alone")
+    if layers["signals"]:
+        missing.append("a program may end other processes of this user, this one among them")
     return Isolation(tuple(in_force), tuple(missing))
 
 
@@ -141,7 +143,7 @@ def _run(
     processes: int,
     output: int,
     without: Collection[Layer],
-) -> tuple[Outcome, dict[Layer, str]]:
+) -> tuple[Outcome, dict[str, str]]:
     """Start the warden, hand it the request, read its report."""
     cpu_time = timeout if cpu_time is None else cpu_time
     limits = {"timeout": timeout, "cpu_time": cpu_time, "memory": memory, "file_size": file_size}
@@ -163,7 +165,7 @@ def _run(
         remove(folder)
 
 
-def _converse(request: bytes, lifeline: int, folder: str, timeout: float) -> tuple[Outcome, dict[Layer, str]]:
+def _converse(request: bytes, lifeline: int, folder: str, timeout: float) -> tuple[Outcome, dict[str, str]]:
     """Exchange request and report with a new warden."""
     assert sys.executable, "an interpreter that does not know where it is cannot start another"
     # No -I: it would ignore PYTHONHASHSEED. The environment holds what stands here alone.

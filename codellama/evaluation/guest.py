@@ -73,6 +73,9 @@ def be_program(request: dict[str, Any], layers: dict[str, str], pipes: dict[str,
     attempt(layers, request, "seccomp", confinement.refuse_calls)
     if layers["namespaces"] and layers["seccomp"]:
         sys.modules["_socket"] = None  # type: ignore[assignment]
+    held = not layers["namespaces"] or not layers["user"]
+    held = held or (not layers["landlock"] and confinement.landlock_version() >= 6)
+    layers["signals"] = "" if held else "nothing keeps it"
     confinement.limit(request, processes)
     os.write(pipes["status"], json.dumps({"layers": layers, "program": os.getpid()}).encode() + b"\n")
     os.close(pipes["status"])

@@ -69,7 +69,7 @@ ADVERSARIES = [
     ),
     Adversary(
         "forks that sleep",
-        "import os, time\nfor _ in range(200):\n if not os.fork(): time.sleep(99)",
+        "import os, time\nfor _ in range(200):\n if not os.fork(): time.sleep(99)\ntime.sleep(2)",
         ("failed", "processes"),
     ),
     Adversary("memory", "x = bytearray(2**40)", ("memory",)),
@@ -133,7 +133,7 @@ ADVERSARIES = [
         ("failed",),
     ),
     Adversary("closes the pipes", "import os\nos.closerange(0, 1000)", ("exited",)),
-    Adversary("becomes root", "import os\nos.setuid(0)\nassert os.access('/', os.W_OK)", ("failed",)),
+    Adversary("becomes root", "import os\nos.setuid(0)\nopen('/file-of-root', 'w')", ("failed",)),
     Adversary("kills all", "import os, time\nos.kill(-1, 9)\ntime.sleep(99)", ("timeout", "killed", "failed"), QUICK),
     Adversary("kills its group", "import os\nos.killpg(0, 9)", ("killed",)),
     Adversary(
@@ -156,6 +156,8 @@ ADVERSARIES = [
 
 
 def judge(adversary: Adversary, folder: Path, without: tuple[Layer, ...]) -> None:
+    if adversary.name.startswith("kills") and "may end other processes" in str(isolation(without)):
+        pytest.skip("needs namespaces, root, or Landlock of Linux 6.12: it would end the test run")
     began = time.monotonic()
     outcome = run_program(adversary.source, without=without, **adversary.limits)  # type: ignore[arg-type]
     assert outcome.reason in adversary.reasons, outcome
@@ -256,7 +258,9 @@ def test_a_network_of_its_own_leads_nowhere() -> None:
 def test_without_any_layer_sockets_are_gone_and_the_words_say_so() -> None:
     assert run_program(NETWORK["connect"].format(port=9), without=ALL).reason == "failed"
     assert isolation(ALL).in_force == ()
-    assert len(isolation(ALL).missing) == len(ALL) + 1
+    assert len(isolation(ALL).missing) == len(ALL) + 2
+    assert "may end other processes of this user" in str(isolation(ALL))
+    assert "may end other processes of this user" not in str(isolation())
     assert "Python's socket module alone" in str(isolation(ALL))
 
 
