@@ -27,10 +27,20 @@ LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 # By machine: AUDIT_ARCH, pivot_root, capset, and the calls that are refused: socket, ptrace, process_vm_readv and
 # _writev, io_uring_setup (which opens sockets, too), unshare, setns, mount, bpf, perf_event_open, userfaultfd, add_key,
-# request_key, keyctl. Source: the kernel's tables of system calls.
+# request_key, keyctl, setuid, setreuid, setresuid. Source: the kernel's tables of system calls.
 MACHINES = {
-    "x86_64": (0xC000003E, 155, 126, (41, 101, 310, 311, 425, 272, 308, 165, 321, 298, 323, 248, 249, 250)),
-    "aarch64": (0xC00000B7, 41, 91, (198, 117, 270, 271, 425, 97, 268, 40, 280, 241, 282, 217, 218, 219)),
+    "x86_64": (
+        0xC000003E,
+        155,
+        126,
+        (41, 101, 310, 311, 425, 272, 308, 165, 321, 298, 323, 248, 249, 250, 105, 113, 117),
+    ),
+    "aarch64": (
+        0xC00000B7,
+        41,
+        91,
+        (198, 117, 270, 271, 425, 97, 268, 40, 280, 241, 282, 217, 218, 219, 146, 145, 147),
+    ),
 }
 
 
@@ -208,9 +218,15 @@ def refuse_calls() -> None:
     call("prctl", PR_SET_SECCOMP, numbers(2), program, numbers(0), numbers(0))
 
 
-def give_up_rights(user: int | None) -> None:
-    """Become a user without rights, for good."""
-    if user is not None:
+def give_up_rights(user: int | None, counted_only: bool) -> None:
+    """Become a user without rights, for good.
+
+    `counted_only` stays the owner of root's files, for a Python that others cannot read: the kernel limits the number of
+    processes by the real user, and does not limit root's.
+    """
+    if user is not None and counted_only:
+        os.setresuid(user, -1, -1)
+    elif user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)

@@ -68,7 +68,7 @@ def be_program(request: dict[str, Any], layers: dict[str, str], pipes: dict[str,
     if LINUX:
         if user is None:  # the count of an unprivileged user holds our own two processes, or all that he runs
             processes += 2 if not layers["namespaces"] else confinement.tasks_of(os.getuid())
-        confinement.give_up_rights(user)
+        confinement.give_up_rights(user, counted_only=bool(layers["user"]))
     attempt(layers, request, "landlock", confinement.restrict_files, work, not layers["root"])
     attempt(layers, request, "seccomp", confinement.refuse_calls)
     if layers["namespaces"] and layers["seccomp"]:
@@ -105,7 +105,7 @@ def be_init(request: dict[str, Any], layers: dict[str, str], pipes: dict[str, in
         if confinement.open_to_all(os.__file__):
             os.chown(request["folder"], user, user)
         else:
-            layers["user"], user = f"others may not read {os.path.dirname(os.__file__)}", None
+            layers["user"] = f"others may not read {os.path.dirname(os.__file__)}"
     program = os.fork()
     if program == 0:
         be_program(request, layers, pipes, user)
@@ -157,6 +157,9 @@ def kill_all(init: int, program: int | None, user: int | None) -> None:
     if not LINUX and program is not None:  # nobody lists the descendants: those that left the session stay
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(program, signal.SIGKILL)
+    if tree(os.getpid()):  # we compete with all of them for the processor; root alone may step ahead
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, -20)
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         for one in tree(os.getpid()):
