@@ -221,8 +221,8 @@ def refuse_calls() -> None:
 def give_up_rights(user: int | None, counted_only: bool) -> None:
     """Become a user without rights, for good.
 
-    `counted_only` stays the owner of root's files, for a Python that others cannot read: the kernel limits the number of
-    processes by the real user, and does not limit root's.
+    `counted_only` stays the owner of root's files, for a Python that others cannot read: the kernel limits the number
+    of processes by the real user, and does not limit root's.
     """
     if user is not None and counted_only:
         os.setresuid(user, -1, -1)

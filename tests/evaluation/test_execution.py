@@ -147,7 +147,7 @@ ADVERSARIES = [
     ),
     Adversary(
         "a daemon that holds the output",
-        "import os, time\nif not os.fork():\n os.setsid()\n while True: print('x' * 999, flush=True)\nassert False",
+        "import os, time\nif not os.fork():\n os.setsid()\n time.sleep(99)\nassert False",
         ("failed",),
     ),
     Adversary("looks into its parent", "open(f'/proc/{__import__(\"os\").getppid()}/mem', 'rb').read(1)", ("failed",)),
