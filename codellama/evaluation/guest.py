@@ -157,9 +157,6 @@ def kill_all(init: int, program: int | None, user: int | None) -> None:
     if not LINUX and program is not None:  # nobody lists the descendants: those that left the session stay
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(program, signal.SIGKILL)
-    if tree(os.getpid()):  # we compete with all of them for the processor; root alone may step ahead
-        with contextlib.suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, -20)
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         for one in tree(os.getpid()):
@@ -202,6 +199,9 @@ def main() -> None:
             os.close(descriptor)
     if LINUX:
         prctl(confinement.PR_SET_DUMPABLE, 0)
+    if layers["namespaces"] and user is None:  # we compete with whatever it forks; the kernel does not count root's
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, -20)
     secret = os.urandom(16).hex().encode()  # made after the fork: it is in no memory of the program
     os.write(number, secret)
     # A process table of its own dies with its first process; nothing can be started in it afterwards.
