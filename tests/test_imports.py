@@ -46,6 +46,8 @@ TORCH_FREE = (
     "codellama.server.group",
     "codellama.server.proxy",
     "codellama.server.totals",
+    "codellama.evaluation.command",
+    "codellama.evaluation.run",
 )
 # One fresh interpreter; each import happens in a fork of it, so that none is helped by the one before.
 PROGRAM = """

@@ -1,0 +1,1 @@
+"""Scores on benchmarks: command → run → answers, marking → tasks; journal, pass_at_k and summary beside them."""
