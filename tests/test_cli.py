@@ -118,7 +118,7 @@ FLAG_NAMES = [
     (command, name)
     for command, function in cli.COMMANDS.items()
     for name, parameter in inspect.signature(function).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
+    if parameter.kind is parameter.KEYWORD_ONLY and len(name) > 2  # of shorter ones no letter can be left out
 ]
 
 

@@ -3,12 +3,15 @@
 It knows nothing of how a score comes about; `run.py` does.
 """
 
+import logging
 import os
 import sys
 from functools import partial
 from pathlib import Path
 
 from codellama.evaluation.settings import Settings, parse_ks
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -66,9 +69,10 @@ def evaluate(
         seed: makes the samples repeat.
 
     Examples:
-        codellama evaluate humaneval --data HumanEval.jsonl.gz --ckpt_dir CodeLlama-7b --allow_code_execution
-        codellama evaluate mbpp --data mbpp.jsonl --ckpt_dir CodeLlama-7b-Instruct --chat --max_seq_len 4096
-        codellama evaluate humaneval --data HumanEval.jsonl.gz --n 100 --k 1,10,100 --temperature 0.8
+        codellama evaluate humaneval --data HumanEval.jsonl.gz --ckpt_dir CodeLlama-7b
+        codellama evaluate mbpp --data mbpp.jsonl --allow_code_execution
+        codellama evaluate mbpp --data mbpp.jsonl --ckpt_dir CodeLlama-7b-Instruct --chat
+        codellama evaluate humaneval --data HumanEval.jsonl --n 100 --k 1,10,100 --temperature 0.8
     """
     settings = Settings(
         task=task,
@@ -100,8 +104,10 @@ def evaluate(
 
     execute = None
     if allow_code_execution:
-        from codellama.evaluation.execution import run_program
+        from codellama.evaluation.execution import isolation, run_program
 
+        if os.environ.get("RANK", "0") == "0":
+            logger.info("%s", isolation())
         execute = partial(run_program, timeout=timeout)
     summary = run(settings, execute, progress=sys.stderr.isatty())
     if summary is not None:

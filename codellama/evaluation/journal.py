@@ -5,7 +5,6 @@ It knows what a sample is called, and nothing of what is said of it.
 
 import fcntl
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +17,10 @@ Key = tuple[str | int, int]
 
 
 class Journal:
-    """Entries by key: those that the file held, and those appended since, each on the disk when `append` returns.
+    """Entries by key: those that the file held, and those appended since.
 
-    A last line without its end was being written when a run was killed; it is cut off.
+    When `append` returns they have left this process, so a run that is killed loses none of them. A last line without its end
+    was being written then; it is cut off.
 
     Attributes:
         path: of the file; made where there is none.
@@ -60,7 +60,6 @@ class Journal:
             lines.append(json.dumps(entry, ensure_ascii=True) + "\n")
         self._file.write("".join(lines).encode())
         self._file.flush()
-        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Let other processes have the file."""
@@ -106,20 +105,22 @@ def _key(entry: dict[str, Any]) -> Key:
     return entry["task_id"], entry["index"]
 
 
-def agree_on_parameters(path: Path, parameters: dict[str, Any]) -> None:
-    """Write down with what the samples of a folder are made, or compare it with what is written there.
+def agree_on_parameters(path: Path, parameters: dict[str, Any], has_samples: bool) -> None:
+    """Write down with what the samples of a folder are made; where it has some, compare with what is written there.
 
     Raises:
         EvaluationError: they were made with something else; naming it.
     """
-    if not path.exists():
+    if not has_samples:
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(parameters, indent=2) + "\n")
         draft.replace(path)
         return
-    found = _parse(path.read_bytes())
+    found = _parse(path.read_bytes()) if path.exists() else None
     if found is None:
-        raise EvaluationError(f"{path} is not a JSON object: mend it, or give another --output_dir")
+        raise EvaluationError(
+            f"{path.parent} has samples, but {path.name} is missing or no JSON object: give another --output_dir"
+        )
     names = [name for name in {**found, **parameters} if found.get(name) != parameters.get(name)]
     if names:
         was = ", ".join(f"{name} {shown(found.get(name))} (now {shown(parameters.get(name))})" for name in names)

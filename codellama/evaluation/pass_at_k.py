@@ -61,7 +61,8 @@ def estimate(n: int, passed: Sequence[int], k: int) -> Estimate:
     """
     scores = [pass_at_k(n, count, k) for count in passed]
     value = sum(scores) / len(scores)
-    low, high = wilson(sum(passed), len(passed)) if n == 1 else bootstrap(scores)
+    alike = value in (0, 1)  # from which the bootstrap would conclude that there is no doubt
+    low, high = wilson(round(sum(scores)), len(scores)) if n == 1 or alike else bootstrap(scores)
     return Estimate(value, low, high)
 
 
@@ -80,7 +81,7 @@ def wilson(passed: int, total: int) -> tuple[float, float]:
 def bootstrap(scores: Sequence[float]) -> tuple[float, float]:
     """Give the 95 % interval of a mean of scores between 0 and 1: percentiles of the means of drawn sets of problems.
 
-    The draws are the same each time. Where all scores are equal it has no width, and says nothing.
+    The draws are the same each time.
 
     Source: B. Efron and R. J. Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3.
     """

@@ -6,6 +6,7 @@ It knows no benchmark: each is a file of its own beside this one, and a name in 
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def read_records(path: Path) -> list[Record]:
     data = path.read_bytes()
     try:
         text = (gzip.decompress(data) if data.startswith(_GZIP) else data).decode()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise EvaluationError(f"{path} begins like a gzip file, but cannot be decompressed: {error}") from error
     except UnicodeDecodeError as error:
         raise EvaluationError(f"{path} is not text in UTF-8: {error}") from error

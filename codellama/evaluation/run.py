@@ -54,7 +54,9 @@ class Evaluation:
         with ExitStack() as stack:
             folder, required = settings.output_dir, {"completion": str, "finish_reason": str}
             self._samples = stack.enter_context(Journal(folder / "samples.jsonl", required))
-            agree_on_parameters(folder / "parameters.json", settings.parameters(fingerprint(settings.data)))
+            agree_on_parameters(
+                folder / "parameters.json", settings.parameters(fingerprint(settings.data)), bool(self._samples.entries)
+            )
             self._results = stack.enter_context(Journal(folder / "results.jsonl", {"passed": bool, "reason": str}))
             slots: list[Slot] = [(problem, index) for problem in self.problems for index in range(settings.n)]
             there = {(problem.task_id, index) for problem, index in slots} & self._samples.entries.keys()
@@ -136,7 +138,7 @@ def run(settings: Settings, execute: Execute | None, progress: bool = False) -> 
 def generate(llama: "Llama", settings: Settings, evaluation: Evaluation | None) -> None:
     """Generate what an evaluation misses; every rank makes this call, world rank 0 with the evaluation.
 
-    Samples are generated in calls of a few for each row, and are on the disk before the next call.
+    Samples are generated in calls of a few for each row, and written down before the next call.
     """
     assert (evaluation is not None) == (llama.parallel.world_rank == 0), "world rank 0 alone holds the evaluation"
     size = _TURNS * settings.max_batch_size * llama.parallel.n_replicas

@@ -67,6 +67,8 @@ def test_estimate() -> None:
     many = estimate(4, [0, 1, 4], 2)
     assert many.value == pytest.approx((0 + 0.5 + 1) / 3)
     assert 0 <= many.low < many.value < many.high <= 1
+    none = estimate(10, [0] * 20, 5)
+    assert (none.value, none.low, none.high) == (0, *wilson(0, 20))
 
 
 def test_every_published_model_has_its_figures() -> None:
