@@ -224,7 +224,9 @@ def test_the_help_of_a_command(
     printed = capsys.readouterr()
     assert printed.err == ""
     check_page(printed.out, cli.COMMANDS[command])
-    takes = {"convert": " SOURCE TARGET", "verify": " PATH", "info": " PATH", "serve": ""}.get(command, " [FILE]")
+    takes = {"convert": " SOURCE TARGET", "verify": " PATH", "info": " PATH", "serve": "", "evaluate": " TASK"}.get(
+        command, " [FILE]"
+    )
     assert f"Usage: codellama {command}{takes} [flags]" in printed.out
     examples = examples_of(printed.out)
     assert all(f"codellama {command} " in example for example in examples)

@@ -19,8 +19,8 @@ Key = tuple[str | int, int]
 class Journal:
     """Entries by key: those that the file held, and those appended since.
 
-    When `append` returns they have left this process, so a run that is killed loses none of them. A last line without its end
-    was being written then; it is cut off.
+    When `append` returns they have left this process, so a run that is killed loses none of them. A last line
+    without its end was being written then; it is cut off.
 
     Attributes:
         path: of the file; made where there is none.

@@ -42,17 +42,14 @@ class Marker:
         self._on_result = on_result
         self._lock = threading.Lock()
         self._running: list[Future[None]] = []
+        self._failures: list[Exception] = []
         self._threads = ThreadPoolExecutor(n_workers, thread_name_prefix="sandbox")
 
     def submit(self, problem: Problem, index: int, completion: str) -> None:
         """Run a sample's program when there is a thread for it. Raises what an earlier one raised."""
-        left = []
-        for future in self._running:
-            if future.done():
-                future.result()
-            else:
-                left.append(future)
-        self._running = [*left, self._threads.submit(self._mark, problem, index, completion)]
+        if self._failures:
+            raise self._failures[0]
+        self._running.append(self._threads.submit(self._mark, problem, index, completion))
 
     def finish(self) -> None:
         """Wait until all programs have run."""
@@ -64,7 +61,13 @@ class Marker:
         self._threads.shutdown(cancel_futures=True)
 
     def _mark(self, problem: Problem, index: int, completion: str) -> None:
-        outcome = self._execute(problem.program(completion))
+        try:
+            self._keep(problem, index, self._execute(problem.program(completion)))
+        except Exception as error:  # so that the run hears of it before its end
+            self._failures.append(error)
+            raise
+
+    def _keep(self, problem: Problem, index: int, outcome: Outcome) -> None:
         result = {
             "task_id": problem.task_id, "index": index, "passed": outcome.passed, "reason": outcome.reason,
         }  # fmt: skip

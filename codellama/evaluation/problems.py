@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +127,9 @@ def read_records(path: Path) -> list[Record]:
 
 def refuse_repeats(problems: list[Problem], path: Path) -> list[Problem]:
     """Return the problems, unless two have the same id."""
-    ids = [problem.task_id for problem in problems]
-    repeated = next((id for at, id in enumerate(ids) if id in ids[:at]), None)
-    if repeated is not None:
-        raise EvaluationError(f"{path} has {shown(repeated)} twice; each task_id was expected once")
+    (id, count), *_ = Counter(problem.task_id for problem in problems).most_common(1)
+    if count > 1:
+        raise EvaluationError(f"{path} has {shown(id)} {count} times; each task_id was expected once")
     return problems
 
 

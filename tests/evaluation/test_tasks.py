@@ -134,7 +134,7 @@ def test_what_a_file_is_is_told_from_its_content(tmp_path: Path) -> None:
         ("humaneval", b"\xff\xfe", "is not text in UTF-8"),
         ("humaneval", json.dumps(ONE | {"prompt": 3}), r"line 1: prompt is 3; a string was expected"),
         ("humaneval", json.dumps({**ONE, "suffix": ""}), "so this is a file for humaneval-infilling"),
-        ("humaneval", "\n".join([json.dumps(ONE)] * 2), "has 'HumanEval/0' twice"),
+        ("humaneval", "\n".join([json.dumps(ONE)] * 2), "has 'HumanEval/0' 2 times"),
         ("humaneval", json.dumps({"prompt": "x"}), "there is no task_id; the fields are prompt"),
         ("humaneval-infilling", json.dumps(ONE), "there is no suffix; the fields are task_id, prompt"),
         ("mbpp", json.dumps(mbpp_record(2)), "lacks task 3, 4; the examples of the prompt are tasks 2, 3 and 4"),
@@ -145,7 +145,7 @@ def test_what_a_file_is_is_told_from_its_content(tmp_path: Path) -> None:
             "\n".join(json.dumps(mbpp_record(id, test_list=[id])) for id in (2, 3, 4, 11)),
             r"line 1: test_list is \[2\]; a list of strings was expected",
         ),
-        ("mbpp", "\n".join(json.dumps(mbpp_record(id)) for id in (2, 3, 4, 11, 11)), "has 11 twice"),
+        ("mbpp", "\n".join(json.dumps(mbpp_record(id)) for id in (2, 3, 4, 11, 11)), "has 11 2 times"),
     ],
 )
 def test_faults_of_a_file_are_named(task: str, content: str | bytes, message: str, tmp_path: Path) -> None:
