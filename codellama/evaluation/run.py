@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from codellama.errors import EvaluationError
 from codellama.evaluation.answers import Answer, Slot, ask, check, form_of
 from codellama.evaluation.journal import Journal, agree_on_parameters
 from codellama.evaluation.marking import Execute, Marker
@@ -58,6 +59,11 @@ class Evaluation:
                 folder / "parameters.json", settings.parameters(fingerprint(settings.data)), bool(self._samples.entries)
             )
             self._results = stack.enter_context(Journal(folder / "results.jsonl", {"passed": bool, "reason": str}))
+            if not self._results.entries.keys() <= self._samples.entries.keys():
+                raise EvaluationError(
+                    f"{folder / 'results.jsonl'} has results of samples that {folder / 'samples.jsonl'} lacks: remove "
+                    f"it, and the programs are run again"
+                )
             slots: list[Slot] = [(problem, index) for problem in self.problems for index in range(settings.n)]
             there = {(problem.task_id, index) for problem, index in slots} & self._samples.entries.keys()
             self.todo = [slot for slot in slots if (slot[0].task_id, slot[1]) not in there]

@@ -224,6 +224,16 @@ def test_a_file_that_changed_is_noticed(sampled: Settings) -> None:
         run(sampled, None)
 
 
+def test_results_of_lost_samples_are_not_believed(sampled: Settings) -> None:
+    whole = finished(replace(sampled, limit=1))
+    (sampled.output_dir / "samples.jsonl").unlink()
+    with pytest.raises(EvaluationError, match=r"results\.jsonl has results of samples that .*samples\.jsonl lacks"):
+        run(replace(sampled, limit=1), execute_by_hash)
+    (sampled.output_dir / "results.jsonl").unlink()
+    again = finished(replace(sampled, limit=1))
+    assert (again[0].passed, *again[1:]) == (whole[0].passed, *whole[1:])
+
+
 def test_what_cannot_be_asked_is_said_before_the_first_sample(sampled: Settings) -> None:
     tight = replace(sampled, max_seq_len=80)
     with pytest.raises(PromptError, match=r"the prompt of HumanEval/\d has \d+ tokens, but max_seq_len is 80"):
