@@ -12,6 +12,7 @@ from codellama import __version__
 from codellama.command import run_command
 from codellama.config import RuntimeArgs, SamplingParams
 from codellama.errors import PromptError
+from codellama.evaluation.command import evaluate
 from codellama.prompt_file import read_prompt, split_prompt
 from codellama.prompts import TAGS
 from codellama.server.command import serve
@@ -272,7 +273,7 @@ def info(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "complete": complete, "infill": infill, "chat": chat, "serve": serve,
-    "convert": convert, "verify": verify, "info": info,
+    "convert": convert, "verify": verify, "info": info, "evaluate": evaluate,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@
     ├── MemoryBudgetError            (MemoryError) it does not fit; names the largest max_seq_len that does
     ├── NumericalError               (ArithmeticError) NaN logits; names the ranks whose columns hold them
     ├── SafetyError                  a safety hook refused a chat or its answer; carries the reason
+    ├── EvaluationError              (ValueError) a file of problems or samples is not what it should be
     └── RankError                    (RuntimeError) another rank died, raised, or asked for something else
 
 A plain wrong argument (a negative temperature, a string where ids are expected) is a ValueError or a TypeError.
@@ -69,6 +70,10 @@ class NumericalError(CodeLlamaError, ArithmeticError):
 
 class SafetyError(CodeLlamaError):
     """A safety hook refused a chat, or the answer to it. The message is the reason that it gave."""
+
+
+class EvaluationError(CodeLlamaError, ValueError):
+    """A file of problems is not in its format, or samples do not belong to this run."""
 
 
 class RankError(CodeLlamaError, RuntimeError):

@@ -32,6 +32,7 @@ from codellama.results import (
     listed,
     refuse_alternatives,
     sampling_params,
+    seeded,
 )
 from codellama.safety import AnswerGate, SafetyHook, Screening, admit
 from codellama.tokenizer import Tokenizer
@@ -170,7 +171,8 @@ class Llama:
             logprobs: also return log-probabilities, one for each returned token.
             echo: return the prompt's ids before the generated ones.
             stop_token: ends a generation and is not returned; None is eos.
-            options: see SamplingOptions. A seed is every prompt's own, so equal prompts give equal samples with it.
+            options: see SamplingOptions. A seed is every prompt's own, so equal prompts give equal samples with it; a
+                list gives each prompt another one.
 
         Returns:
             Ids per prompt, and their log-probabilities or None.
@@ -271,11 +273,8 @@ class Llama:
             chats = enumerate(listed(dialogs))
             return [self.prompts.chat(chat, params, allow_special_tags, f"dialog {index}") for index, chat in chats]
 
-        screening = Screening(safety)
-        return [
-            describe_chat(*done, self.tokenizer)
-            for done in self._complete(lambda: screening.admit(make()), options, screening)
-        ]
+        done = self._complete(make, options, Screening(safety))
+        return [describe_chat(*one, self.tokenizer) for one in done]
 
     def stream_completion(
         self,
@@ -339,7 +338,8 @@ class Llama:
         """Run one batch call on all ranks: world rank 0 checks and deals, each replica's leader runs its share."""
         with self._turns.take():
             self._refuse_closed()
-            mine = self.parallel.deal(make)
+            admit_all = list if screening is None else screening.admit
+            mine = self.parallel.deal(lambda: admit_all(seeded(make(), options)))
 
             def work() -> list[tuple[Prompt, Completion]]:
                 if self.parallel.is_leader:
@@ -374,7 +374,7 @@ class Llama:
 
         def make_one() -> list[Prompt]:
             refuse_alternatives(options)
-            return [admit(safety, make())]
+            return seeded([admit(safety, make())], options)
 
         with self._turns.take(own[0]):
             self._refuse_closed()

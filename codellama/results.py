@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Keyword arguments that every generating method takes; their meaning is SamplingParams'."""
+    """Keyword arguments that every generating method takes; their meaning is SamplingParams'.
+
+    A list of seeds has one for each prompt.
+    """
 
     top_k: int | None
     min_p: float
@@ -27,7 +30,7 @@ class SamplingOptions(TypedDict, total=False):
     grammar: Grammar | None
     stop: str | Sequence[str] | None
     stop_tokens: Collection[int]
-    seed: int | None
+    seed: int | Sequence[int] | None
     top_logprobs: int
     logits_processor: LogitsProcessor | None
 
@@ -95,6 +98,8 @@ def sampling_params(
     asked: dict[str, Any] = dict(options)
     if asked.get("stop", ()) is None:
         del asked["stop"]
+    if isinstance(asked.get("seed"), list | tuple):  # see `seeded`
+        del asked["seed"]
     params = SamplingParams(
         **asked,
         temperature=temperature,
@@ -104,6 +109,26 @@ def sampling_params(
         echo=echo,
     )
     return params if stop_token is None else replace(params, stop_tokens=params.stop_tokens | {stop_token})
+
+
+def seeded(prompts: list[Prompt], options: SamplingOptions) -> list[Prompt]:
+    """Give each prompt the seed that a list of them has for it; nothing changes without such a list.
+
+    Raises:
+        TypeError: it holds something else than integers.
+        ValueError: there are more or fewer seeds than prompts.
+    """
+    seeds = options.get("seed")
+    if not isinstance(seeds, list | tuple):
+        return prompts
+    if len(seeds) != len(prompts):
+        raise ValueError(
+            f"{len(seeds)} seeds for {len(prompts)} prompts; one number for all, or one each, was expected"
+        )
+    return [
+        replace(prompt, seed=seed, params=replace(prompt.params, seed=seed))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
 
 
 def refuse_alternatives(options: SamplingOptions) -> None:

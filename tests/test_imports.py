@@ -48,6 +48,8 @@ TORCH_FREE = (
     "codellama.server.totals",
     "codellama.evaluation.execution",
     "codellama.evaluation.guest",
+    "codellama.evaluation.command",
+    "codellama.evaluation.run",
 )
 # One fresh interpreter; each import happens in a fork of it, so that none is helped by the one before.
 PROGRAM = """

@@ -85,6 +85,20 @@ def test_seeds(llama: Llama, tiny_folder: Path) -> None:
     assert runs[0][0] != runs[0][1]
 
 
+def test_a_list_of_seeds_gives_each_prompt_its_own(llama: Llama) -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "max_gen_len": 16}
+    alone = [llama.text_completion([PROMPT], **options, seed=seed)[0] for seed in (7, 8, 7, 9, -1)]
+    assert llama.text_completion([PROMPT] * 5, **options, seed=[7, 8, 7, 9, -1]) == alone
+    assert alone[0] == alone[2]
+    assert len({result["generation"] for result in alone}) == 4
+    streamed = "".join(llama.stream_completion(PROMPT, **options, seed=(8,)))
+    assert streamed == alone[1]["generation"]
+    with pytest.raises(ValueError, match="2 seeds for 1 prompts"):
+        llama.text_completion([PROMPT], **options, seed=[7, 8])
+    with pytest.raises(TypeError, match=r"seed is 1\.5"):
+        llama.text_completion([PROMPT], **options, seed=[1.5])  # type: ignore[list-item]
+
+
 def test_more_prompts_than_rows_and_their_order(llama: Llama) -> None:
     prompts = [f"x = {i}" for i in range(11)]
     together = llama.text_completion(prompts, temperature=0, max_gen_len=5)
