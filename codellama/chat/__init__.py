@@ -1,1 +1,1 @@
-"""Chats that people see: in the terminal. The parts are conversation, commands, models and screens, in this order."""
+"""Chats that people see, on a page and in a terminal."""

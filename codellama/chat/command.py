@@ -6,7 +6,7 @@ It chooses who answers, the model here or a server, and where it is shown: once,
 import sys
 from typing import Any
 
-from codellama.chat.conversation import Conversation, Settings
+from codellama.chat.dialogue import Conversation, Settings
 from codellama.config import RuntimeArgs
 from codellama.errors import CodeLlamaError
 from codellama.printing import show

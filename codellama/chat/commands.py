@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codellama.chat import transcript
-from codellama.chat.conversation import Conversation
+from codellama.chat.dialogue import Conversation
 from codellama.chat.model import Model
 from codellama.errors import CodeLlamaError, PromptError
 from codellama.flags import guess

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from codellama.chat.conversation import Settings
+from codellama.chat.dialogue import Settings
 from codellama.errors import CodeLlamaError, ContextLengthError, PromptError, RankError
 from codellama.prompts import Dialog, dialog_prompt_tokens
 

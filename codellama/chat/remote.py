@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from codellama.chat.conversation import Settings
+from codellama.chat.dialogue import Settings
 from codellama.chat.model import TooLongError
 from codellama.errors import CodeLlamaError, shown
 from codellama.prompts import Dialog

@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.text import Text
 
-from codellama.chat.markdown import Blocks
+from codellama.chat.blocks import Blocks
 from codellama.chat.screen import AGAIN, MORE, PROMPT, without_controls
 
 _PER_SECOND = 8  # times that the block which grows is drawn
@@ -45,10 +45,12 @@ class RichScreen:
             try:
                 text = self._session.prompt(PROMPT, prompt_continuation=MORE)
             except KeyboardInterrupt:
-                if was_interrupted:
+                was_empty = not self._session.default_buffer.text
+                if was_interrupted and was_empty:
                     raise EOFError from None
-                was_interrupted = True
-                self.warn(AGAIN)
+                was_interrupted = was_empty
+                if was_empty:
+                    self.warn(AGAIN)
                 continue
             was_interrupted = False
             if text.strip():

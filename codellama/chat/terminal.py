@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import closing
 
 from codellama.chat.commands import understand
-from codellama.chat.conversation import Conversation
+from codellama.chat.dialogue import Conversation
 from codellama.chat.interrupt import Interrupt
 from codellama.chat.model import Model, TooLongError
 from codellama.chat.screen import Screen

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from codellama.chat.conversation import Conversation, Settings
+from codellama.chat.dialogue import Conversation, Settings
 from codellama.errors import CodeLlamaError, shown
 from codellama.prompts import Message
 
@@ -59,6 +59,7 @@ def load(path: Path) -> Conversation:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise TranscriptError(f"{path} is no JSON ({error}); a file of /save was expected") from error
+    content = _of_page(content, path)
     expected = {"version", "system", "settings", "messages"}
     if not isinstance(content, dict) or content.keys() != expected:
         raise TranscriptError(f"{path} is {shown(content)}; an object with {', '.join(sorted(expected))} was expected")
@@ -69,6 +70,21 @@ def load(path: Path) -> Conversation:
     messages = _messages(content["messages"], path)
     question = messages.pop()["content"] if len(messages) % 2 else None
     return Conversation(content["system"], _settings(content["settings"], path), messages, question)
+
+
+def _of_page(content: Any, path: Path) -> Any:
+    """Put the chat that a page exports into our form: a list of chats, with the system message as the first message."""
+    if not isinstance(content, dict) or content.keys() != {"chats"} or not isinstance(content["chats"], list):
+        return content
+    chats = content["chats"]
+    if len(chats) != 1:
+        raise TranscriptError(f"{path} holds {len(chats)} chats; one was expected: export it alone")
+    messages: Any = chats[0].get("messages") if isinstance(chats[0], dict) else None
+    first = messages[0] if isinstance(messages, list) and messages else None
+    system: Any = ""
+    if isinstance(messages, list) and isinstance(first, dict) and first.get("role") == "system":
+        system, messages = first.get("content"), messages[1:]
+    return {"version": VERSION, "system": system, "settings": {}, "messages": messages}
 
 
 def _settings(found: Any, path: Path) -> Settings:

@@ -95,8 +95,9 @@ class Conversation:
         if self.question is None:
             if not self.messages:
                 return False
-            self.question = self.messages[-2]["content"]
+            question = self.messages[-2]["content"]
             self.forget_turn()
+            self.question = question
         return True
 
     def forget_turn(self) -> bool:
