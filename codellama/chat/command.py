@@ -3,6 +3,7 @@
 It chooses who answers, the model here or a server, and where it is shown: once, in the terminal, or as a page.
 """
 
+import logging
 import sys
 from typing import Any
 
@@ -102,9 +103,13 @@ def _ask_server(
         raise CodeLlamaError(
             f"{error.name} is not installed; --base_url needs pip install 'codellama[chat]'"
         ) from error
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else it writes each address between the lines of the chat
     model = RemoteModel(base_url, find_key(api_key_file), model_id)
     if once:
-        show(model.stream(conversation.dialog(), conversation.settings), is_first=True)
+        try:
+            show(model.stream(conversation.dialog(), conversation.settings), is_first=True)
+        finally:
+            model.end()
         return
     from codellama.chat.screen import choose_screen
     from codellama.chat.terminal import Terminal

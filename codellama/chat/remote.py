@@ -19,7 +19,7 @@ from codellama.errors import CodeLlamaError, shown
 from codellama.prompts import Dialog
 
 KEY_VARIABLES = ("CODELLAMA_API_KEY", "OPENAI_API_KEY")
-_TAGS = 8  # tokens, at most, that a message has around its text
+_FRAME = 14  # tokens that a message has around its text, at most: so many has Llama 2's system message
 _LOCAL = ("localhost", "127.0.0.1", "::1")  # no proxy stands before these
 
 
@@ -54,15 +54,12 @@ class RemoteModel:
             trust_env=parts.hostname not in _LOCAL,
         )
         self._lengths: dict[str, int] = {}
-        models = self._models()
-        names = [model["id"] for model in models]
-        if name is not None and name not in names:
-            raise RemoteError(f"{self._url} has no model {name!r}; it has {', '.join(names) or 'none'}")
-        if not models:
-            raise RemoteError(f"{self._url} has no model")
-        self.name = names[0] if name is None else name
-        found = models[names.index(self.name)].get("max_model_len")
-        self.context: int | None = found if isinstance(found, int) else None
+        self.context: int | None
+        try:
+            self.name, self.context = self._choose(name)
+        except BaseException:
+            self._client.close()
+            raise
 
     def count(self, dialog: Dialog) -> int | None:
         """See Model. Only a server that says how long its context is is asked, and each text once."""
@@ -73,7 +70,7 @@ class RemoteModel:
             length = self._length(message["content"])
             if length is None:
                 return None
-            total += length + _TAGS
+            total += length + _FRAME
         return total
 
     def stream(self, dialog: Dialog, settings: Settings) -> Generator[str]:
@@ -104,6 +101,18 @@ class RemoteModel:
     def end(self) -> None:
         """See Model."""
         self._client.close()
+
+    def _choose(self, name: str | None) -> tuple[str, int | None]:
+        """Find the model, and how long its context is, where the server says that."""
+        models = self._models()
+        names = [model["id"] for model in models]
+        if not names:
+            raise RemoteError(f"{self._url} has no model")
+        if name is not None and name not in names:
+            raise RemoteError(f"{self._url} has no model {name!r}; it has {', '.join(names)}")
+        chosen = names[0] if name is None else name
+        context = models[names.index(chosen)].get("max_model_len")
+        return chosen, context if isinstance(context, int) else None
 
     def _models(self) -> list[dict[str, Any]]:
         with self._reaching():
