@@ -142,4 +142,4 @@ def _refuse(flags: dict[str, Any], reason: str) -> None:
     """Refuse what would have no effect."""
     for name, value in flags.items():
         if value is not None:
-            raise ValueError(f"--{name} {reason}")
+            raise ValueError(f"{'FILE' if name == 'file' else f'--{name}'} {reason}")

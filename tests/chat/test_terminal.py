@@ -128,3 +128,13 @@ def test_a_question_that_fits_nowhere_is_told_once() -> None:
     assert screen.warned == ["the context is full: 1 old turn is left out", "too long"]
     assert model.asked[-1] == ["three"]
     assert kept(conversation) == ["one", "A", "three", "B"]
+
+
+def test_a_signal_ends_a_group_of_processes() -> None:
+    """Under torchrun the key is read; a signal then is torchrun's, which is about to end all ranks."""
+    model, screen = ScriptedModel([["so ", interrupt, "far", "no further"]]), ScriptedScreen("one", "two")
+    conversation = Conversation()
+    Terminal(conversation, model, screen, by_key=True).run()
+    assert kept(conversation) == ["one", "so far"]
+    assert screen.lines == ["two"]
+    assert model.ended

@@ -23,7 +23,7 @@ CTRL_C, CTRL_D, ALT_ENTER = "\x03", "\x04", "\x1b\r"
 class PseudoTerminal:
     """Runs `python ARGUMENTS` from the beginning of a with block; at its end, whatever still runs is killed."""
 
-    def __init__(self, *arguments: str, env: dict[str, str], seconds: float = 15) -> None:
+    def __init__(self, *arguments: str, env: dict[str, str], seconds: float = 60) -> None:
         self._arguments = arguments
         self._env = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "OMP_NUM_THREADS": "1"} | env
         self._env |= {"PYTHONPATH": str(_ROOT), "NO_COLOR": "1", "PYTHONWARNINGS": "default"}
