@@ -11,6 +11,7 @@ from codellama.chat.dialogue import Conversation, Settings
 from codellama.chat.transcript import TranscriptError, load, save
 from codellama.errors import CodeLlamaError
 from tests.support.scripted_chat import ScriptedModel
+from tests.test_docs import ROOT, section
 
 MODEL = ScriptedModel([], context=100)
 
@@ -144,6 +145,11 @@ def test_show_and_help() -> None:
     said = understand(conversation, "/help", MODEL).text
     assert all(f"/{name} " in said for name in COMMANDS)
     assert said.endswith(KEYS)
+
+
+def test_the_documentation_lists_the_commands() -> None:
+    rows = section(ROOT / "docs/chat.md", "command")
+    assert [row[0].split()[0] for row in rows] == [f"/{name}" for name in COMMANDS]
 
 
 def test_a_saved_chat_is_the_same_chat(tmp_path: Path) -> None:
