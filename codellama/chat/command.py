@@ -4,6 +4,7 @@ It chooses who answers, the model here or a server, and where it is shown: once,
 """
 
 import logging
+import os
 import sys
 from typing import Any
 
@@ -68,6 +69,8 @@ def chat(
         "ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path, "device": device, "dtype": dtype,
         "checkpoint_format": checkpoint_format, "max_seq_len": None if max_seq_len == 2048 else max_seq_len,
     }  # fmt: skip
+    if (base_url is not None or web) and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(f"{'--web' if web else '--base_url'} takes one process; start it without torchrun")
     if base_url is not None:
         _refuse(loading, "loads a model here, but with --base_url a server has it")
     else:

@@ -20,6 +20,7 @@ from codellama.prompts import Dialog
 
 KEY_VARIABLES = ("CODELLAMA_API_KEY", "OPENAI_API_KEY")
 _FRAME = 14  # tokens that a message has around its text, at most: so many has Llama 2's system message
+_SOON = 10  # seconds for what needs no model
 _LOCAL = ("localhost", "127.0.0.1", "::1")  # no proxy stands before these
 
 
@@ -50,7 +51,7 @@ class RemoteModel:
         self._url = base_url.rstrip("/")
         self._client = httpx2.Client(
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
-            timeout=httpx2.Timeout(None, connect=10),  # a long prompt takes as long as it takes; Ctrl-C is there
+            timeout=httpx2.Timeout(None, connect=_SOON),  # a long prompt takes as long as it takes; Ctrl-C is there
             trust_env=parts.hostname not in _LOCAL,
         )
         self._lengths: dict[str, int] = {}
@@ -116,7 +117,7 @@ class RemoteModel:
 
     def _models(self) -> list[dict[str, Any]]:
         with self._reaching():
-            response = self._client.get(f"{self._url}/models")
+            response = self._client.get(f"{self._url}/models", timeout=_SOON)
         if response.status_code != 200:
             raise self._refusal(response)
         try:
@@ -133,8 +134,9 @@ class RemoteModel:
     def _length(self, text: str) -> int | None:
         """Ask for the number of tokens of a text; None, for good, where the server has no such route."""
         if text not in self._lengths:
+            route = f"{self._url.removesuffix('/v1')}/tokenize"
             with self._reaching():
-                response = self._client.post(f"{self._url.removesuffix('/v1')}/tokenize", json={"content": text})
+                response = self._client.post(route, json={"content": text}, timeout=_SOON)
             tokens = response.json().get("tokens") if response.status_code == 200 else None
             if not isinstance(tokens, list):
                 self.context = None

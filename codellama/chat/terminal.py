@@ -51,6 +51,10 @@ class Terminal:
                 ended = self._answer() if reply.asks else reply.ends
             except RankError:
                 raise
+            except KeyboardInterrupt:  # outside of an answer
+                if self._by_key:
+                    raise
+                self._screen.warn("interrupted")
             except (CodeLlamaError, ValueError, OSError) as error:
                 self._screen.warn(str(error))
         self._model.end()

@@ -67,6 +67,23 @@ def test_a_flag_without_effect_is_refused(
     assert opened == []
 
 
+@pytest.mark.parametrize("flags", [("--web",), ("--base_url", "http://127.0.0.1:1/v1")])
+def test_one_process_asks_a_server(
+    monkeypatch: pytest.MonkeyPatch, opened: list[dict[str, Any]], flags: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match=f"{flags[0]} takes one process"):
+        run(monkeypatch, *flags, "--prompt", "x")
+    assert opened == []
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "codellama.chat.remote", raising=False)
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(SystemExit, match=r"httpx2 is not installed; --base_url needs pip install 'codellama\[chat\]'"):
+        run(monkeypatch, "--base_url", "http://127.0.0.1:1/v1", "--prompt", "x")
+
+
 @pytest.mark.parametrize(
     ("term", "is_terminal", "installed", "rich"),
     [

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 
-from codellama.chat.dialogue import Settings
+from codellama.chat.dialogue import Conversation, Settings
 from codellama.chat.model import LocalModel, TooLongError
+from codellama.chat.terminal import Terminal
 from codellama.errors import PromptError
 from codellama.llama import Llama
+from tests.support.scripted_chat import ScriptedScreen
 
 DIALOG: Any = [{"role": "user", "content": "print(i)"}]
 
@@ -27,6 +29,21 @@ def test_answers_and_counts_are_the_generators(llama: Llama) -> None:
     assert count < 50
     with pytest.raises(PromptError, match="contains"):
         model.count([{"role": "user", "content": "[INST]"}])
+
+
+def test_a_long_chat_goes_on(llama: Llama) -> None:
+    """Far beyond the context, which is counted exactly, so nothing is refused."""
+    screen = ScriptedScreen(*(f"print({i}) and print({i})" for i in range(24)))
+    conversation = Conversation("be brief", Settings(temperature=0, max_gen_len=16))
+    Terminal(conversation, LocalModel(llama), screen).run()
+    empty = sum("the answer is empty" in warning for warning in screen.warned)  # a random model may stop at once
+    left_out = sum("left out" in warning for warning in screen.warned)
+    assert len(conversation.messages) // 2 + empty == 24
+    assert len(screen.warned) == empty + left_out
+    assert left_out > 5
+    last = [*conversation.dialog()[:-1]]
+    assert last[0] == {"role": "system", "content": "be brief"}
+    assert LocalModel(llama).count(last) <= 512 - 16
 
 
 def test_an_interrupted_answer_leaves_the_generator_whole(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

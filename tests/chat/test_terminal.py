@@ -70,6 +70,21 @@ def test_ctrl_c_before_an_answer_begins() -> None:
     assert "stopped before the answer began" in screen.warned[0]
 
 
+def test_ctrl_c_outside_of_an_answer() -> None:
+    model, counts = ScriptedModel([["A"]], context=100), []
+
+    def count(dialog: object) -> int:
+        counts.append(dialog)
+        if len(counts) == 1:
+            interrupt()
+        return 1
+
+    model.count = count  # type: ignore[method-assign]
+    _, screen = talk(model, "one", "/retry")
+    assert screen.warned == ["interrupted"]
+    assert model.asked == [["one"]]
+
+
 @pytest.mark.parametrize("error", [CodeLlamaError("lost"), ValueError("odd")])
 def test_a_failure_is_told_and_the_chat_goes_on(error: Exception) -> None:
     model = ScriptedModel([["half ", error], ["whole"]])
