@@ -41,7 +41,7 @@ def test_a_long_chat_goes_on(llama: Llama) -> None:
     assert len(conversation.messages) // 2 + empty == 24
     assert len(screen.warned) == empty + left_out
     assert left_out > 5
-    last = [*conversation.dialog()[:-1]]
+    last = conversation.dialog()[: None if conversation.question is not None else -1]
     assert last[0] == {"role": "system", "content": "be brief"}
     assert LocalModel(llama).count(last) <= 512 - 16
 
