@@ -5,21 +5,20 @@ checked without torch first. All that is done with a model is the generator's.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from codellama import __version__
+from codellama.chat.command import chat
 from codellama.command import run_command
 from codellama.config import RuntimeArgs, SamplingParams
-from codellama.errors import PromptError
 from codellama.evaluation.command import evaluate
-from codellama.prompt_file import read_prompt, split_prompt
-from codellama.prompts import TAGS
+from codellama.printing import show
+from codellama.prompt_file import read_text, split_prompt
 from codellama.server.command import serve
 
 if TYPE_CHECKING:
     from codellama.llama import Llama
-    from codellama.prompts import Message
 
 
 def complete(
@@ -59,9 +58,10 @@ def complete(
         codellama complete - --temperature 0 < unfinished.py
     """
     _check(temperature, top_p, max_gen_len, seed, max_seq_len)
-    text = _read(file, prompt)
+    text = read_text(file, prompt)
     llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, checkpoint_format)
-    _show(llama, llama.stream_completion(text, temperature, top_p, max_gen_len), before=text)
+    pieces = llama.stream_completion(text, temperature, top_p, max_gen_len)
+    show(pieces, llama.parallel.world_rank == 0, before=text)
 
 
 def infill(
@@ -92,67 +92,10 @@ def infill(
         codellama infill --prompt "def add(a, b): return <FILL>" --suffix_first
     """
     _check(temperature, top_p, max_gen_len, seed, max_seq_len)
-    prefix, suffix = split_prompt(_read(file, prompt))
+    prefix, suffix = split_prompt(read_text(file, prompt))
     llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, checkpoint_format)
     pieces = llama.stream_infilling(prefix, suffix, temperature, top_p, max_gen_len, suffix_first)
-    _show(llama, pieces, before=prefix, after=suffix)
-
-
-def chat(
-    file: str | None = None,
-    *,
-    prompt: str | None = None,
-    system: str | None = None,
-    ckpt_dir: str | None = None,
-    tokenizer_path: str | None = None,
-    temperature: float = 0.2,
-    top_p: float = 0.95,
-    max_seq_len: int = 2048,
-    max_gen_len: int | None = None,
-    seed: int | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    checkpoint_format: str | None = None,
-) -> None:
-    """Ask an Instruct model one question, or talk with it until Ctrl-D.
-
-    A question from a file, a flag or a pipe is answered once. In a terminal, without any of them, the dialog goes on,
-    and each question is asked with all that was said before.
-
-    Args:
-        file: the question; - is standard input.
-        prompt (TEXT): the question itself, in place of FILE.
-        system (TEXT): how to answer, in a system message before the first question.
-
-    Examples:
-        codellama chat --ckpt_dir CodeLlama-7b-Instruct
-        codellama chat --prompt "How do I sort a dict by value?" --system "Be brief."
-        torchrun --nproc_per_node 2 -m codellama chat --ckpt_dir CodeLlama-13b-Instruct
-    """
-    _check(temperature, top_p, max_gen_len, seed, max_seq_len)
-    once = file is not None or prompt is not None or not sys.stdin.isatty()
-    question = _read(file, prompt) if once else ""
-    dialog: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, checkpoint_format)
-    while True:
-        try:
-            question = question if once else llama.parallel.share(_ask)
-        except EOFError:
-            return
-        turn: list[Message] = [*dialog, {"role": "user", "content": question}]
-        try:
-            answer = _show(llama, llama.stream_chat(turn, temperature, top_p, max_gen_len))
-        except PromptError as error:
-            if once:
-                raise
-            print(f"codellama: {error}", file=sys.stderr)  # the chat goes on without this turn
-            continue
-        if once:
-            return
-        if any(tag in answer for tag in TAGS):
-            print("codellama: the answer holds tags of the chat format, so this turn is forgotten", file=sys.stderr)
-        else:
-            dialog = [*turn, {"role": "assistant", "content": answer}]
+    show(pieces, llama.parallel.world_rank == 0, before=prefix, after=suffix)
 
 
 def convert(
@@ -312,30 +255,3 @@ def _build(
         dtype=dtype,
         checkpoint_format=checkpoint_format,
     )
-
-
-def _read(file: str | None, prompt: str | None) -> str:
-    """Take the text from the flag, the file or standard input."""
-    if file is not None and prompt is not None:
-        raise PromptError("both a file and --prompt are given; one was expected")
-    return prompt if prompt is not None else read_prompt(file if file is not None else "-")
-
-
-def _ask() -> str:
-    """Ask until there is a question."""
-    while not (question := input("> ")).strip():
-        pass
-    return question
-
-
-def _show(llama: "Llama", pieces: Iterator[str], before: str = "", after: str = "") -> str:
-    """Print a text as it grows, on world rank 0 alone, and return what was generated."""
-    generated = [next(pieces, "")]  # what is wrong with the prompt is said before anything is printed
-    if llama.parallel.world_rank == 0:
-        print(f"{before}{generated[0]}", end="", flush=True)
-    for piece in pieces:
-        generated.append(piece)
-        print(piece, end="", flush=True)
-    if llama.parallel.world_rank == 0:
-        print(after, end="" if after.endswith("\n") else "\n", flush=True)
-    return "".join(generated)

@@ -40,6 +40,17 @@ def read_prompt(file: str) -> str:
         raise PromptError(f"{name} is not UTF-8 text ({error.reason} at {error.start})") from error
 
 
+def read_text(file: str | None, prompt: str | None) -> str:
+    """Take a text from a flag, a file or standard input.
+
+    Raises:
+        PromptError: both a file and a prompt are given; or as `read_prompt`.
+    """
+    if file is not None and prompt is not None:
+        raise PromptError("both a file and --prompt are given; one was expected")
+    return prompt if prompt is not None else read_prompt(file if file is not None else "-")
+
+
 def split_prompt(text: str) -> tuple[str, str]:
     """Split a text at its one <FILL> into what stands before the gap and what stands after it.
 

@@ -23,7 +23,7 @@ from codellama.memory import plan_budget
 from codellama.parallel import Parallel
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.ko.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 EACH_PAGE = [pytest.param(path, id=path.name) for path in PAGES]
 LANGUAGES = ("python", "python no-run", "sh", "text", "text layers")
 OTHER_PROGRAMS = ("pip", "./download.sh", ".venv/bin/mypy", ".venv/bin/lint-imports", ".venv/bin/ruff")

@@ -20,6 +20,8 @@ def check_page(page: str, function: Callable[..., Any]) -> None:
         assert len(text) > 10, label
         if parameter.default is False:
             assert text.endswith("(a switch; default: off)"), label
+        elif parameter.default is True:
+            assert text.endswith("(a switch; default: on)"), label
         elif parameter.default in (None, parameter.empty):
             assert "default" not in text, label
         else:
