@@ -1,0 +1,1 @@
+"""Chats that people see, on a page and in a terminal."""
