@@ -54,7 +54,7 @@ class Chat:
         """The beginning of the first question."""
         first = next((message.content for message in self.messages if message.role == "user"), "")
         line = " ".join(first.split())
-        return (line if len(line) <= 32 else line[:31].rstrip() + "…") or "New chat"
+        return (line if len(line) <= 32 else line[:31].rstrip() + "…") or "Empty chat"
 
     def to_send(self) -> list[dict[str, str]]:
         """Return what a model is sent: the system message, and what was not left out; neighbours of a role joined."""

@@ -11,7 +11,7 @@ _HALF_FENCE = re.compile(r"\s*(`{1,2}|~{1,2})")
 _MEANT_BY_NOBODY = re.compile(
     r"(?<!\\)\$"  # a formula, in Streamlit's Markdown
     r"|(?<=!)\["  # an image: the browser would fetch it, from wherever the model says
-    r"|:(?=[a-zA-Z_+-][\w+-]*[\[:]|material/)"  # Streamlit's colours, badges and icons
+    r"|:(?=[a-zA-Z_][\w+-]*[\[:]|[+-]1:|material/)"  # Streamlit's colours, badges and icons
 )
 
 
@@ -39,7 +39,7 @@ def to_markdown(text: str, *, growing: bool = False) -> str:
             fence = found[1]
         else:
             line = _escape(line)
-            if is_last and line.count("`") % 2:
+            if is_last and _SPAN.sub("", line).count("`") % 2:
                 line = line[:-1] if line.endswith("`") else line + "`"
         ready.append(line)
     return "\n".join(ready)

@@ -34,6 +34,12 @@ EXAMPLE = f'''def remove_non_ascii(s: str) -> str:
     """ {MARKER}
     return result
 '''
+STYLE = """
+.stMainBlockContainer { padding-top: 3.5rem; }
+.st-key-code textarea, .filled { font-family: "Source Code Pro", monospace; font-size: .875rem; }
+.filled { background: rgba(128, 128, 128, .1); border-radius: .5rem; padding: 1rem; white-space: pre-wrap; }
+.filled mark { background: rgba(46, 160, 67, .3); color: inherit; border-radius: .2rem; }
+"""
 UNKNOWN_CONTEXT = 16_384  # tokens that the slider offers where the server does not tell its context
 REDRAW = 0.08  # seconds between two looks of a growing answer: more often, and the browser is kept busy
 
@@ -55,7 +61,7 @@ class Running:
         if self.answer.finish_reason == "length":
             how = how or "cut off at the most tokens"
         tokens, now = self.answer.completion_tokens, time.monotonic()
-        parts = [] if tokens is None else [f"{tokens} tokens"]
+        parts = [] if tokens is None else [f"{tokens} token{'s' * (tokens != 1)}"]
         if tokens is not None and tokens > 1 and self.first is not None and now > self.first:
             parts.append(f"{(tokens - 1) / (now - self.first):.0f} a second")
         return " · ".join([*parts, how] if how else parts)
@@ -176,6 +182,7 @@ def main() -> None:
             st.error(f"The page knows no server. Start it with `codellama chat --web`, or set {URL_VARIABLE}.")
             return
         st.session_state.desk = Desk(Server(address, os.environ.get(KEY_VARIABLE)))
+    st.html(f"<style>{STYLE}</style>")
     desk: Desk = st.session_state.desk
     with st.sidebar:
         _draw_chats(desk)
@@ -309,9 +316,9 @@ def _draw_context(desk: Desk, model: Model, place: DeltaGenerator) -> None:
     kind = "tokens, by estimate" if desk.estimated else "tokens"
     with place:
         if model.context is None:
-            st.caption(f"Context: {used:,} {kind}; the server does not tell how many it holds.")
+            st.caption(f"Context: about {used:,} {kind}; the server does not tell how many it holds.")
         else:
-            st.progress(min(1.0, used / model.context), f"Context: {used:,} of {model.context:,} {kind}")
+            st.progress(min(1.0, used / model.context), f"Context: about {used:,} of {model.context:,} {kind}")
         st.caption(to_markdown(f"{model.name} at `{desk.server.base_url}`"))
 
 
@@ -336,12 +343,8 @@ def _draw_infilling(desk: Desk, model: Model | None, sampling: Sampling) -> None
 
 
 def _highlight(prefix: str, middle: str, suffix: str) -> str:
-    parts = (html.escape(part) for part in (prefix, middle, suffix))
-    return (
-        "<pre style='background:rgba(128,128,128,.12);border-radius:.5rem;padding:1rem;white-space:pre-wrap;"
-        "font-family:var(--st-code-font,monospace);font-size:.875rem'>"
-        "{}<mark style='background:rgba(46,160,67,.35);color:inherit;border-radius:.2rem'>{}</mark>{}</pre>"
-    ).format(*parts)
+    before, filled, after = (html.escape(part) for part in (prefix, middle, suffix))
+    return f"<pre class='filled'>{before}<mark>{filled}</mark>{after}</pre>"
 
 
 def _draw_error(desk: Desk) -> None:
