@@ -2,7 +2,8 @@
 
 It knows an HTTP client and chats as data, and nothing else of this package: any server with OpenAI's protocol will do.
 What must last between two runs is in `Desk`. An answer is read while the script runs; a click interrupts the script,
-and the next run reads on, unless the click was meant to stop it.
+and the next run reads on, unless the click was meant to stop it. That needs Streamlit's runner.fastReruns to be off, as
+`web.py` has it: runs follow each other then.
 """
 
 import html
@@ -14,6 +15,7 @@ from typing import Literal
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
+from streamlit.runtime.scriptrunner import StopException
 
 from codellama.chat.client import KEY_VARIABLE, URL_VARIABLE, Answer, Model, Sampling, Server, ServerError
 from codellama.chat.conversation import (
@@ -36,6 +38,7 @@ EXAMPLE = f'''def remove_non_ascii(s: str) -> str:
 '''
 STYLE = """
 .stMainBlockContainer { padding-top: 3.5rem; }
+.st-key-stop { position: fixed; bottom: 7.5rem; z-index: 100; width: auto; }
 .st-key-code textarea, .filled { font-family: "Source Code Pro", monospace; font-size: .875rem; }
 .filled { background: rgba(128, 128, 128, .1); border-radius: .5rem; padding: 1rem; white-space: pre-wrap; }
 .filled mark { background: rgba(46, 160, 67, .3); color: inherit; border-radius: .2rem; }
@@ -283,7 +286,10 @@ def _draw_chat(desk: Desk, model: Model | None, sampling: Sampling, context: Del
     if desk.running is not None:
         with st.chat_message("assistant"):
             box = st.empty()
-            _follow(desk, lambda text: box.markdown(to_markdown(text, growing=True)))
+            status = st.empty()
+            with st.container(key="stop"):  # in one place, however long the answer is: who clicks must hit it
+                st.button("Stop", icon=":material/stop:", on_click=desk.stop)
+            _follow(desk, status, lambda text: box.markdown(to_markdown(text, growing=True)))
     _draw_error(desk)
     if chat.last_question is not None and model is not None and not desk.is_editing:
         with st.container(horizontal=True, gap="small"):
@@ -331,8 +337,10 @@ def _draw_infilling(desk: Desk, model: Model | None, sampling: Sampling) -> None
     )  # fmt: skip
     if desk.running is not None:
         prefix, _, suffix = desk.code.partition(MARKER)
+        st.button("Stop", icon=":material/stop:", on_click=desk.stop)
+        status = st.empty()
         box = st.empty()
-        _follow(desk, lambda text: box.html(_highlight(prefix, text, suffix)))
+        _follow(desk, status, lambda text: box.html(_highlight(prefix, text, suffix)))
     _draw_error(desk)
     if desk.filled is not None:
         st.html(_highlight(*desk.filled))
@@ -352,12 +360,10 @@ def _draw_error(desk: Desk) -> None:
         st.error(to_markdown(desk.error))
 
 
-def _follow(desk: Desk, draw: Draw) -> None:
+def _follow(desk: Desk, status: DeltaGenerator, draw: Draw) -> None:
     """Draw the answer while it comes; a click ends this run of the script at any call of Streamlit's."""
     running = desk.running
     assert running is not None
-    status = st.empty()
-    st.button("Stop", icon=":material/stop:", on_click=desk.stop)
     draw(running.text)
     drawn = 0.0
     try:
@@ -372,6 +378,9 @@ def _follow(desk: Desk, draw: Draw) -> None:
                 draw(running.text)
                 status.caption(f"The model writes … {now - running.began:.0f} s")
                 drawn = time.monotonic()
+    except StopException:  # the visitor has left
+        desk.stop()
+        raise
     except ServerError as error:
         desk.error = str(error)
     desk.running = None

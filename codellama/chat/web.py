@@ -36,6 +36,7 @@ _OPTIONS = {
     "server.fileWatcherType": "none",
     "server.maxUploadSize": "16",
     "browser.gatherUsageStats": "false",
+    "runner.fastReruns": "false",  # else a click starts a second thread beside the one that reads an answer
     "client.toolbarMode": "minimal",
     "client.showErrorDetails": "none",
     "theme.primaryColor": "#3f6ad8",

@@ -167,9 +167,9 @@ def test_errors_are_messages(endpoint: Endpoint, options: dict[str, object], tol
     app = ask(opened(), "q")
     (error,) = app.error
     assert told in error.value
-    endpoint.status, endpoint.ends = 200, Endpoint.ends
+    endpoint.status, endpoint.ends, endpoint.pieces = 200, Endpoint.ends, ["A better one."]
     click(app, "Regenerate")
-    assert [list(app.error), said(app)[-1]] == [[], ("assistant", "An answer.")]
+    assert [list(app.error), said(app)[1:]] == [[], [("assistant", "A better one.")]]
 
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
