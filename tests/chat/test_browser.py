@@ -30,7 +30,8 @@ PICTURE_BYTES = 200_000
 FIRST_TOKEN_SECONDS, STOP_SECONDS = 2, 1
 QUESTION = "Write a function that checks whether a word is a palindrome."
 ENDLESS = "x = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,"  # the most probable answer goes on like this
-GAP = 'def area(width, height):\n    """Area of a rectangle."""\n    return <FILL>\n'
+KOREAN = "안녕하세요! 숫자 두 개를 더해 줘 🦙"  # so does this one's
+GAP = "def clear(self):\n    self.items = []\n\n\ndef add(self, item):\n    <FILL>\n"
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the program chromium is missing: apt-get install chromium")
 
@@ -103,7 +104,7 @@ def browser() -> Iterator[BrowserContext]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser.new_context(
-            viewport={"width": 1160, "height": 800}, permissions=["clipboard-read", "clipboard-write"]
+            viewport={"width": 1160, "height": 860}, permissions=["clipboard-read", "clipboard-write"]
         )  # fmt: skip
         browser.close()
 
@@ -138,9 +139,8 @@ def asked_directly(client: httpx2.Client, route: str, **body: Any) -> str:
 
 def test_an_answer_begins_soon_and_is_the_servers(visitor: Visitor, client: httpx2.Client) -> None:
     page = visitor.page
-    visitor.ask("두 수를 더하는 함수를 써 줘 🦙")
-    visitor.begins()
-    expect(page.get_by_test_id("stChatMessage").first).to_contain_text("두 수를 더하는 함수를 써 줘 🦙")
+    visitor.ask("Write a function that adds two numbers.")
+    visitor.is_done()
     visitor.click("New chat")
     page.get_by_text("What shall we write?").wait_for()
     visitor.ask(QUESTION)
@@ -184,8 +184,9 @@ def test_a_slider_leaves_the_answer_alone_and_stop_stops_it(visitor: Visitor, cl
 
 def test_who_leaves_ends_the_answer(visitor: Visitor, client: httpx2.Client) -> None:
     visitor.slide("Max new tokens", "End")
-    visitor.ask(ENDLESS)
+    visitor.ask(KOREAN)
     visitor.begins()
+    expect(visitor.page.get_by_test_id("stChatMessage").first).to_contain_text(KOREAN)
     assert running(client) == 1
     visitor.page.close()
     began = time.monotonic()
