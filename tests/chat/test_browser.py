@@ -31,7 +31,7 @@ FIRST_TOKEN_SECONDS, STOP_SECONDS = 2, 1
 QUESTION = "Write a function that checks whether a word is a palindrome."
 ENDLESS = "x = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,"  # the most probable answer goes on like this
 KOREAN = "안녕하세요! 숫자 두 개를 더해 줘 🦙"  # so does this one's
-GAP = "def clear(self):\n    self.items = []\n\n\ndef add(self, item):\n    <FILL>\n"
+GAP = "def add(a, b):\n    <FILL>\n\n\ndef subtract(a, b):\n    return a - b\n"
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the program chromium is missing: apt-get install chromium")
 
