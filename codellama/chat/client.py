@@ -98,7 +98,11 @@ class Answer:
                 event, waiting = waiting.result(), None
                 if event is None:
                     return
-                if piece := self._take(event):
+                try:
+                    piece = self._take(event)
+                except (AttributeError, TypeError) as error:
+                    raise ServerError(f"{self._url} sent something that was not understood: {event}") from error
+                if piece:
                     yield piece
         finally:
             if waiting is not None and not waiting.done():
@@ -161,10 +165,16 @@ class Server:
         """
         url = f"{self.base_url}/models"
         found = self._ask("GET", url).get("data")
-        names = [model for model in found if isinstance(model, dict) and "id" in model] if found else []
-        if not names:
+        named = (
+            [model for model in found if isinstance(model, dict) and "id" in model] if isinstance(found, list) else []
+        )
+        if not named:
             raise ServerError(f"{url} names no models; a server with OpenAI's protocol was expected there.")
-        return [Model(model["id"], model.get("max_model_len")) for model in names]
+        contexts = [model.get("max_model_len") for model in named]
+        return [
+            Model(str(model["id"]), context if isinstance(context, int) and context > 0 else None)
+            for model, context in zip(named, contexts, strict=True)
+        ]
 
     def count_tokens(self, text: str, model: str) -> int | None:
         """Count the tokens of a text; None where the server cannot, which is not asked again."""

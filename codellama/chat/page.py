@@ -1,7 +1,7 @@
 """The chat page: a Streamlit script, run anew at each click.
 
 It knows an HTTP client and chats as data, and nothing else of this package: any server with OpenAI's protocol will do.
-What must last between two runs is in `Desk`. An answer is read while the script runs; a click interrupts the script,
+What must last between two runs is a `Desk`. An answer is read while the script runs; a click interrupts the script,
 and the next run reads on, unless the click was meant to stop it. That needs Streamlit's runner.fastReruns to be off, as
 `web.py` has it: runs follow each other then.
 """
@@ -10,32 +10,17 @@ import html
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Literal
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 from streamlit.runtime.scriptrunner import StopException
 
-from codellama.chat.client import KEY_VARIABLE, URL_VARIABLE, Answer, Model, Sampling, Server, ServerError
-from codellama.chat.conversation import (
-    FRAME,
-    Chat,
-    ChatFileError,
-    Message,
-    estimate_tokens,
-    export_chats,
-    import_chats,
-    messages_to_leave_out,
-    room_for_messages,
-)
+from codellama.chat.client import KEY_VARIABLE, URL_VARIABLE, Model, Sampling, Server, ServerError
+from codellama.chat.conversation import Chat, ChatFileError, Message, export_chats, import_chats
+from codellama.chat.desk import MARKER, Desk
 from codellama.chat.markdown import to_markdown
 
-MARKER = "<FILL>"
-EXAMPLE = f'''def remove_non_ascii(s: str) -> str:
-    """ {MARKER}
-    return result
-'''
 STYLE = """
 .stMainBlockContainer { padding-top: 3.5rem; }
 .st-key-stop { position: fixed; bottom: 7.5rem; z-index: 100; width: auto; }
@@ -47,134 +32,6 @@ UNKNOWN_CONTEXT = 16_384  # tokens that the slider offers where the server does 
 REDRAW = 0.08  # seconds between two looks of a growing answer: more often, and the browser is kept busy
 
 Draw = Callable[[str], object]
-
-
-@dataclass
-class Running:
-    """An answer that is being read, and what to do with its text and a note at its end."""
-
-    answer: Answer
-    keep: Callable[[str, str], None]
-    text: str = ""
-    began: float = field(default_factory=time.monotonic)
-    first: float | None = None
-
-    def note(self, how: str = "") -> str:
-        """Say how long it took, and how it ended if not by itself."""
-        if self.answer.finish_reason == "length":
-            how = how or "cut off at the most tokens"
-        tokens, now = self.answer.completion_tokens, time.monotonic()
-        parts = [] if tokens is None else [f"{tokens} token{'s' * (tokens != 1)}"]
-        if tokens is not None and tokens > 1 and self.first is not None and now > self.first:
-            parts.append(f"{(tokens - 1) / (now - self.first):.0f} a second")
-        return " · ".join([*parts, how] if how else parts)
-
-
-@dataclass
-class Desk:
-    """All that a visitor has: chats, the text with a gap, and the answer that is being read."""
-
-    server: Server
-    chats: list[Chat] = field(default_factory=lambda: [Chat()])
-    at: int = 0
-    models: list[Model] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
-    estimated: bool = False
-    running: Running | None = None
-    error: str = ""
-    is_editing: bool = False
-    imported: int = 0
-    code: str = EXAMPLE
-    filled: tuple[str, str, str] | None = None
-    filled_note: str = ""
-
-    @property
-    def chat(self) -> Chat:
-        """The chat that is looked at."""
-        return self.chats[self.at]
-
-    def stop(self) -> None:
-        """Hang up; what has come is kept."""
-        self.is_editing, self.error = False, ""
-        if self.running is not None:
-            running, self.running = self.running, None
-            running.answer.close()
-            running.keep(running.text, running.note("stopped"))
-
-    def show(self, at: int) -> None:
-        """Look at another chat."""
-        self.stop()
-        self.at = at
-
-    def add(self, *chats: Chat) -> None:
-        """Put chats in front, and look at the first of them."""
-        self.stop()
-        self.chats[:0] = chats
-        self.at = 0
-
-    def delete(self) -> None:
-        """Forget the chat that is looked at."""
-        self.stop()
-        del self.chats[self.at]
-        self.chats = self.chats or [Chat()]
-        self.at = min(self.at, len(self.chats) - 1)
-
-    def count(self, text: str, model: Model) -> int:
-        """Count tokens, or estimate them where the server does not count."""
-        if text not in self.counts:
-            counted = self.server.count_tokens(text, model.name)
-            self.estimated = counted is None
-            if counted is None:
-                return estimate_tokens(text)
-            self.counts[text] = counted
-        return self.counts[text]
-
-    def costs(self, model: Model) -> tuple[int, list[int]]:
-        """Count the tokens of the chat's system message, and of each message."""
-        chat = self.chat
-        system = self.count(chat.system, model) + FRAME if chat.system.strip() else 0
-        return system, [self.count(message.content, model) + FRAME for message in chat.messages]
-
-    def ask(self, model: Model, sampling: Sampling, question: str | None = None) -> None:
-        """Have the chat's last question answered, or a new one."""
-        self.stop()
-        chat = self.chat
-        if question is not None:
-            chat.messages.append(Message("user", question))
-        if model.context is not None:
-            system, costs = self.costs(model)
-            room = room_for_messages(model.context, sampling.max_tokens) - system
-            chat.left_out = messages_to_leave_out(costs, [message.role for message in chat.messages], room)
-
-        def keep(text: str, note: str) -> None:
-            if text.strip():
-                chat.messages.append(Message("assistant", text, note))
-
-        self.running = Running(self.server.answer(model.name, chat.to_send(), sampling), keep)
-
-    def ask_again(self, model: Model, sampling: Sampling, question: str | None = None) -> None:
-        """Have the last question answered anew, or another one in its place."""
-        self.stop()
-        chat = self.chat
-        assert chat.last_question is not None
-        kept = chat.messages[: chat.last_question + 1]
-        chat.messages = kept if question is None else [*kept[:-1], Message("user", question)]
-        self.ask(model, sampling)
-
-    def fill(self, model: Model, sampling: Sampling) -> None:
-        """Fill the gap."""
-        self.stop()
-        prefix, *suffixes = self.code.split(MARKER)
-        if len(suffixes) != 1:
-            self.error = f"The text holds {len(suffixes)} {MARKER} markers; exactly one was expected."
-            return
-        suffix = suffixes[0]
-
-        def keep(text: str, note: str) -> None:
-            self.filled, self.filled_note = (prefix, text, suffix), note
-
-        self.filled = None
-        self.running = Running(self.server.fill(model.name, prefix, suffix, sampling), keep)
 
 
 def main() -> None:
@@ -232,7 +89,9 @@ def _draw_settings(desk: Desk) -> tuple[Model | None, Sampling]:
             "Temperature", 0.0, 2.0, 0.2, 0.05, help="0 takes the most probable token; higher draws more freely."
         ),
         top_p=st.slider("Top-p", 0.05, 1.0, 0.95, 0.05, help="Draw from the likeliest tokens that have this share."),
-        max_tokens=st.slider("Max new tokens", 1, longest, min(512, longest), help="An answer is cut off there."),
+        max_tokens=st.slider(
+            "Max new tokens", 1, max(2, longest), min(512, longest), help="An answer is cut off there."
+        ),
         seed=st.number_input(
             "Seed", 0, 2**31 - 1, None, 1, placeholder="another one each time", help="Makes an answer repeat."
         ),
@@ -261,9 +120,15 @@ def _draw_files(desk: Desk) -> None:
 
 def _draw_chat(desk: Desk, model: Model | None, sampling: Sampling, context: DeltaGenerator) -> None:
     chat = desk.chat
-    question = st.chat_input("Ask for code", disabled=model is None)
-    if question and model is not None:
-        desk.ask(model, sampling, question)
+    # A callback cannot be interrupted before the question is kept; the settings are known here only.
+    st.chat_input(
+        "Ask for code",
+        key="question",
+        disabled=model is None,
+        on_submit=lambda: desk.receive(st.session_state.question),
+    )
+    if desk.question is not None and model is not None:
+        desk.ask(model, sampling, desk.question)
     if model is not None:
         _draw_context(desk, model, context)
     if not chat.messages:

@@ -72,6 +72,7 @@ def test_an_answer_is_read_on_from_another_thread() -> None:
         ({"ends": b""}, "hung up before the answer was whole"),
         ({"ends": b'data: {"error": {"message": "out of memory"}}\n\n'}, "gave up: out of memory"),
         ({"ends": b"data: {oops\n\n"}, "not JSON"),
+        ({"ends": b'data: {"choices": [3]}\n\n'}, "sent something that was not understood"),
         ({"ends": b"data: [1]\n\n"}, "answered with a list; an object was expected"),
     ],
 )
@@ -90,7 +91,7 @@ def test_no_server() -> None:
 
 
 def test_models_and_counts() -> None:
-    with serving_endpoint(models=[{"id": "a", "max_model_len": 64}, {"id": "b"}]) as endpoint:
+    with serving_endpoint(models=[{"id": "a", "max_model_len": 64}, {"id": "b", "max_model_len": "many"}]) as endpoint:
         server = Server(endpoint.url)
         assert server.models() == [Model("a", 64), Model("b", None)]
         assert server.count_tokens("one two three", "a") == 3

@@ -14,7 +14,9 @@ from tests.support.endpoint import Endpoint, serving_endpoint
 
 HELLO = ["안녕", "하세요 🦙\n\n```python\nprint('안녕')\n```\n", "$HOME"]
 SHOWN = "안녕하세요 🦙\n\n```python\nprint('안녕')\n```\n\\$HOME"
-OWN = {"codellama", "codellama.chat"} | {f"codellama.chat.{name}" for name in ("client", "conversation", "markdown")}
+OWN = {"codellama", "codellama.chat"} | {
+    f"codellama.chat.{name}" for name in ("client", "conversation", "desk", "markdown")
+}
 
 
 @pytest.fixture
@@ -56,11 +58,12 @@ def roles(endpoint: Endpoint) -> list[str]:
 def test_the_page_imports_nothing_else_of_ours() -> None:
     """Neither in its code, nor when it runs."""
     folder = Path(page.__file__).parent
-    for name in ("page", "client", "conversation", "markdown"):
+    knows = {"page": OWN, "desk": OWN, "client": set(), "conversation": set(), "markdown": set()}
+    for name, allowed in knows.items():
         nodes = list(ast.walk(ast.parse((folder / f"{name}.py").read_text())))
         modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
         modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        assert {module for module in modules if module.startswith("codellama")} <= (OWN if name == "page" else set())
+        assert {module for module in modules if module.startswith("codellama")} <= allowed
         assert not any(isinstance(node, ast.ImportFrom) and node.level for node in nodes)
     program = "import sys, codellama.chat.page; print(*sorted(m for m in sys.modules if m.startswith('codellama')))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
