@@ -37,7 +37,7 @@ class Running:
     def note(self, how: str = "") -> str:
         """Say how long it took, and how it ended if not by itself."""
         if self.answer.finish_reason == "length":
-            how = how or "cut off at the most tokens"
+            how = how or "cut off at max new tokens"
         tokens, now = self.answer.completion_tokens, time.monotonic()
         parts = [] if tokens is None else [f"{tokens} token{'s' * (tokens != 1)}"]
         if tokens is not None and tokens > 1 and self.first is not None and now > self.first:

@@ -45,10 +45,14 @@ def main() -> None:
     st.html(f"<style>{STYLE}</style>")
     desk: Desk = st.session_state.desk
     with st.sidebar:
-        _draw_chats(desk)
+        chats = st.container()
         model, sampling = _draw_settings(desk)
         _draw_files(desk)
         context = st.container()
+    if desk.question is not None and model is not None:
+        desk.ask(model, sampling, desk.question)
+    with chats:  # now that a new question is among them
+        _draw_chats(desk)
     tasks = ["Chat", "Infill"]
     task = st.segmented_control(
         "Task", tasks, default=tasks[0], key="task", on_change=desk.stop, label_visibility="collapsed"
@@ -120,15 +124,13 @@ def _draw_files(desk: Desk) -> None:
 
 def _draw_chat(desk: Desk, model: Model | None, sampling: Sampling, context: DeltaGenerator) -> None:
     chat = desk.chat
-    # A callback cannot be interrupted before the question is kept; the settings are known here only.
+    # A callback keeps the question before anything can interrupt it; the next run asks it, when it knows the settings.
     st.chat_input(
         "Ask for code",
         key="question",
         disabled=model is None,
         on_submit=lambda: desk.receive(st.session_state.question),
     )
-    if desk.question is not None and model is not None:
-        desk.ask(model, sampling, desk.question)
     if model is not None:
         _draw_context(desk, model, context)
     if not chat.messages:

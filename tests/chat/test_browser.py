@@ -249,10 +249,10 @@ def test_chats_leave_and_return_as_files(visitor: Visitor, tmp_path: Path) -> No
     page = visitor.page
 
     def upload(content: object) -> None:
-        page.get_by_text("Export and import").click()
         file = {"name": "chats.json", "mimeType": "application/json", "buffer": json.dumps(content).encode()}
         page.locator("input[type=file]").set_input_files(file)  # type: ignore[arg-type]
 
+    page.get_by_text("Export and import").click()
     upload({"chats": [{"messages": messages}]})
     expect(visitor.answer).to_have_text(hostile, timeout=30_000)  # as it stands: nothing is fetched or coloured
     upload({})

@@ -120,6 +120,7 @@ def test_several_chats(endpoint: Endpoint) -> None:
     assert app.text_area[0].value == ""
     ask(app, "the second")
     assert len(endpoint.messages) == 1
+    assert [button.label for button in app.sidebar.button[:3]] == ["New chat", "the second", "the first"]
     click(app, "the first")
     assert [text for _, text in said(app)] == ["the first", "An answer."]
     assert app.text_area[0].value == "Only here."
@@ -152,7 +153,7 @@ def test_a_server_that_knows_less(endpoint: Endpoint) -> None:
     ask(app, "q")
     assert endpoint.asked[-1][1]["model"] == "b"
     captions = [caption.value for caption in app.caption]
-    assert "cut off at the most tokens" in captions
+    assert "cut off at max new tokens" in captions
     assert [text for text in captions if "by estimate; the server does not tell how many it holds" in text]
 
 
