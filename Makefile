@@ -1,4 +1,4 @@
-.PHONY: demo test check fix bench clients soak
+.PHONY: demo test check fix bench clients soak screenshots
 PYTHON ?= python3
 TORCHRUN = .venv/bin/torchrun --nproc_per_node
 
@@ -33,6 +33,9 @@ clients: .venv/dev  ## real clients against the server; needs a package index
 
 soak: .venv/dev  ## thousands of requests, abandoned, hostile and generated ones: minutes
 	.venv/bin/python -m tests.soak
+
+screenshots: .venv/dev  ## pictures of the chat page for the documentation; needs chromium
+	SCREENSHOTS=docs/images .venv/bin/python -m pytest tests/chat/test_browser.py
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

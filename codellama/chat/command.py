@@ -84,7 +84,7 @@ def chat(
         from codellama.chat.web import open_page  # late: it needs the extra
 
         flags = {name: value for name, value in (loading | {"seed": seed}).items() if value is not None}
-        open_page(base_url=base_url, api_key_file=api_key_file, serve_flags=flags, port=port, browser=browser)
+        open_page(base_url, api_key_file, flags, port=port, headless=not browser)
         return
     if port != 8501 or not browser:
         raise ValueError(f"{'--port' if port != 8501 else '--no-browser'} is about the page; give --web, too")

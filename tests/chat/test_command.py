@@ -1,13 +1,13 @@
 """The command: who answers, what is refused, and what the page is told."""
 
+import inspect
 import sys
-import types
 from typing import Any
 
 import pytest
 
 from codellama import cli
-from codellama.chat import screen
+from codellama.chat import screen, web
 from codellama.chat.rich_screen import RichScreen
 from codellama.llama import Llama
 
@@ -21,9 +21,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the page is opened with."""
     calls: list[dict[str, Any]] = []
-    stub = types.ModuleType("codellama.chat.web")
-    stub.open_page = lambda **arguments: calls.append(arguments)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "codellama.chat.web", stub)
+    signature = inspect.signature(web.open_page)  # what the page itself takes
+    monkeypatch.setattr(
+        web, "open_page", lambda *given, **named: calls.append(dict(signature.bind(*given, **named).arguments))
+    )
     return calls
 
 
@@ -36,9 +37,9 @@ def test_the_page_is_told_what_to_serve(monkeypatch: pytest.MonkeyPatch, opened:
     run(monkeypatch, "--web", "--base_url", "http://127.0.0.1:1/v1", "--api_key_file", "key")
     flags = {"ckpt_dir": "weights", "max_seq_len": 4096, "seed": 1, "dtype": "float32"}
     assert opened == [
-        {"base_url": None, "api_key_file": None, "serve_flags": {}, "port": 8501, "browser": True},
-        {"base_url": None, "api_key_file": None, "serve_flags": flags, "port": 9000, "browser": False},
-        {"base_url": "http://127.0.0.1:1/v1", "api_key_file": "key", "serve_flags": {}, "port": 8501, "browser": True},
+        {"base_url": None, "api_key_file": None, "flags": {}, "port": 8501, "headless": False},
+        {"base_url": None, "api_key_file": None, "flags": flags, "port": 9000, "headless": True},
+        {"base_url": "http://127.0.0.1:1/v1", "api_key_file": "key", "flags": {}, "port": 8501, "headless": False},
     ]
 
 
