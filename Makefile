@@ -27,6 +27,8 @@ bench: .venv/dev  ## small benchmarks; each prints a table and one line of JSON
 	.venv/bin/python -m benchmarks.memory
 	.venv/bin/python -m benchmarks.load
 	.venv/bin/python -m benchmarks.serving
+	.venv/bin/python -m benchmarks.evaluation replicas
+	.venv/bin/python -m benchmarks.evaluation solutions
 
 clients: .venv/dev  ## real clients against the server; needs a package index
 	.venv/bin/python -m tests.clients.run
