@@ -1,5 +1,7 @@
 .PHONY: demo test check fix bench clients soak screenshots
 PYTHON ?= python3
+# Two tests at a time, on a core each: many of them wait for processes that they start.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 TORCHRUN = .venv/bin/torchrun --nproc_per_node
 
 demo: .venv/demo  ## the three examples on the bundled demo checkpoint
@@ -8,14 +10,14 @@ demo: .venv/demo  ## the three examples on the bundled demo checkpoint
 	$(TORCHRUN) 2 example_instructions.py
 
 test: .venv/dev  ## the tests
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 check: .venv/dev  ## lint, types, imports, tests: what CI runs
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 fix: .venv/dev  ## what can be mended without thought
 	.venv/bin/ruff check --fix .
