@@ -24,7 +24,7 @@ def live(folder: Path, size: int, victim: int, when: str) -> None:
         threading.Timer(0.8, os.kill, (os.getpid(), how)).start()
     if rank == (victim if "leader waits" in when else 0) and "own code" in when:
         time.sleep(60)
-    llama.generate([[1, 2], [3, 4]], 3000 if size == 1 else 8000, temperature=0)
+    llama.generate([[1, 2], [3, 4]], 1500 if size == 1 else 8000, temperature=0)
 
 
 @pytest.mark.parametrize(

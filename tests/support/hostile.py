@@ -59,7 +59,7 @@ COMPLETIONS: dict[str, tuple[bytes, int]] = {
 
 def post(body: bytes, *headers: bytes, version: bytes = b"1.1", close: bool = True) -> bytes:
     """Write a request to /v1/completions."""
-    lines = [b"POST /v1/completions HTTP/" + version, b"Host: x", b"Content-Type: application/json", *headers]
+    lines = [b"POST /v1/completions HTTP/" + version, b"Host: localhost", b"Content-Type: application/json", *headers]
     if not any(header.lower().startswith((b"transfer-encoding", b"content-length")) for header in headers):
         lines.append(b"Content-Length: %d" % len(body))
     return b"\r\n".join([*lines, *[b"Connection: close"] * close, b"", body])
