@@ -23,7 +23,7 @@ from codellama.evaluation.tasks import TASKS
 if TYPE_CHECKING:
     from codellama.llama import Llama
 
-_TURNS = 2
+_TURNS = 8
 """Samples of one call, for each row of the cache: more keep the rows busier, fewer lose less when a run is killed."""
 
 
