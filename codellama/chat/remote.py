@@ -92,10 +92,10 @@ class RemoteModel:
             for event in events(response.iter_bytes()):
                 if "error" in event:
                     raise RemoteError(f"the answer broke off: {_message(event['error'])}")
-                for choice in event.get("choices", []):
-                    finished = finished or choice.get("finish_reason") is not None
-                    if text := (choice.get("delta") or {}).get("content"):
-                        yield text
+                text, ends = _read_choices(event)
+                finished = finished or ends
+                if text:
+                    yield text
         if not finished:
             raise RemoteError(f"the answer broke off: {self._url} closed the connection before its end")
 
@@ -137,7 +137,10 @@ class RemoteModel:
             route = f"{self._url.removesuffix('/v1')}/tokenize"
             with self._reaching():
                 response = self._client.post(route, json={"content": text}, timeout=_SOON)
-            tokens = response.json().get("tokens") if response.status_code == 200 else None
+            try:
+                tokens = response.json()["tokens"] if response.status_code == 200 else None
+            except (ValueError, KeyError, TypeError):
+                tokens = None  # something else is there
             if not isinstance(tokens, list):
                 self.context = None
                 return None
@@ -204,6 +207,20 @@ def find_key(api_key_file: str | None) -> str | None:
     if not key:
         raise ValueError(f"the first line of {api_key_file} is empty; a key was expected there")
     return key
+
+
+def _read_choices(event: dict[str, Any]) -> tuple[str, bool]:
+    """Take an event's text, and whether it ends the answer.
+
+    Raises:
+        RemoteError: it has another form.
+    """
+    try:
+        choices = event.get("choices") or []
+        text = "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
+        return text, any(choice.get("finish_reason") is not None for choice in choices)
+    except (AttributeError, TypeError) as error:
+        raise RemoteError(f"the server sent {shown(event)}; choices with texts were expected") from error
 
 
 def _message(error: Any) -> str:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from codellama import cli
@@ -90,11 +91,29 @@ def test_a_real_server_answers_like_its_model(capsys: pytest.CaptureFixture[str]
         (200, sse("a")[:1], RemoteError, "closed the connection before its end"),
         (200, [b"data: {oops\n"], RemoteError, "which is no JSON"),
         (200, [b"data: 3\n"], RemoteError, "an object was expected"),
+        (200, [b'data: {"choices": 3}\n'], RemoteError, "choices with texts were expected"),
+        (200, [b'data: {"choices": ["a"]}\n'], RemoteError, "choices with texts were expected"),
+        (200, [b'data: {"choices": [{"delta": {"content": 3}}]}\n'], RemoteError, "choices with texts were expected"),
     ],
 )
 def test_a_failure_says_what_it_is(status: int, pieces: list[bytes], kind: type[Exception], message: str) -> None:
     with ChatServer((status, pieces)) as server, pytest.raises(kind, match=message):
         ask(server)
+
+
+def test_an_event_without_choices_is_passed_over() -> None:
+    with ChatServer((200, [b'data: {"choices": null}\n\n', *sse("a")])) as server:
+        assert ask(server) == ["a"]
+
+
+@pytest.mark.parametrize("reply", [b"<html>", b"[]", b"{}"])
+def test_a_server_that_has_something_else_at_tokenize(monkeypatch: pytest.MonkeyPatch, reply: bytes) -> None:
+    with ChatServer(context=100) as server:
+        model = RemoteModel(server.url)
+        monkeypatch.setattr(model._client, "post", lambda *_, **__: httpx2.Response(200, content=reply))
+        assert model.count(DIALOG) is None
+        assert model.context is None
+        model.end()
 
 
 def test_leaving_ends_the_answer() -> None:
