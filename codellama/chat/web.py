@@ -61,7 +61,7 @@ def open_page(
         headless: do not open a browser.
 
     Raises:
-        CodeLlamaError: something is not installed, or the server or the page ended by itself.
+        CodeLlamaError: something is not installed, the port is taken, or the server or the page ended by itself.
         ValueError: a value that is wrong, or flags for a server that is not started.
         OSError: the file of the key cannot be read.
     """
@@ -81,8 +81,9 @@ def open_page(
         raise CodeLlamaError("the page is no work for several processes: start `codellama serve` with torchrun, "
                              "and the page alone, with its --base_url")  # fmt: skip
     key = {} if api_key_file is None else {"CODELLAMA_API_KEY": _read_key(api_key_file)}
+    page_port = port or _free_port()
+    _check_port(page_port)  # now, and not when a model was loaded for it
     with _ended_by_signals(), ExitStack() as stack:
-        page_port = port or _free_port()
         children: list[Child] = []
         if base_url is None:
             server_port = _free_port()
@@ -206,6 +207,17 @@ def _read_key(file: str) -> str:
     if not key:
         raise ValueError(f"the first line of {file} is empty; a key was expected there")
     return key
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what ended a moment ago is no hindrance
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise CodeLlamaError(
+                f"the page cannot listen on port {port} ({error.strerror}); --port chooses another one, 0 a free one"
+            ) from error
 
 
 def _free_port() -> int:
