@@ -345,6 +345,7 @@ assert __name__ != "__main__"
         "import os\nos.mkdir('a'); open('a/b', 'w').close(); os.chmod('a/b', 0); os.chmod('a', 0)",
         "import os\nfor _ in range(1100): os.mkdir('d'); os.chdir('d')",
         "import sys\nfor _ in range(200): sys.stderr.write('x' * 20_000)",
+        "import os, sys\nchild = os.fork()\nif child == 0: sys.exit(0)\nassert os.waitpid(child, 0)[0] == child",
     ],
     ids=[
         "threads that never end",
@@ -354,6 +355,7 @@ assert __name__ != "__main__"
         "modes",
         "deep folders",
         "much output",
+        "a child that exits",
     ],
 )
 @pytest.mark.parametrize("without", [(), BARE_CONTAINER], ids=["all", "bare"])
