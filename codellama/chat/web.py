@@ -29,7 +29,7 @@ Flags = Mapping[str, str | int | None]
 HOST = "127.0.0.1"
 GRACE = 15  # seconds that a process gets to end in order: more than a server gives its running answers
 PAGE_SECONDS = 120  # in which Streamlit must have started, on a very busy machine
-_NEEDED = ("streamlit", "httpx2")
+_NEEDED = ("streamlit", "httpx2", "markdown_it")
 _OPTIONS = {
     "server.address": HOST,
     "server.headless": "true",  # else it asks for an e-mail address, and opens a browser before it is wanted
