@@ -106,6 +106,10 @@ def _draw_settings(desk: Desk) -> tuple[Model | None, Sampling]:
 def _draw_files(desk: Desk) -> None:
     with st.expander("Export and import"):
         st.download_button(
+            "Export this chat", export_chats([desk.chat]), "chat.json", "application/json", on_click="ignore",
+            width="stretch",
+        )  # fmt: skip
+        st.download_button(
             "Export all chats", export_chats(desk.chats), "chats.json", "application/json", on_click="ignore",
             width="stretch",
         )  # fmt: skip
