@@ -41,6 +41,28 @@ def test_wrong_keys(tmp_path: Path) -> None:
         open_page(URL, str(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize(
+    ("base_url", "ours", "expected"), [(URL, None, "theirs"), (URL, "ours", "ours"), (None, None, None)]
+)
+def test_the_page_brings_the_key_that_the_terminal_brings(
+    monkeypatch: pytest.MonkeyPatch, base_url: str | None, ours: str | None, expected: str | None
+) -> None:
+    class Started(Exception):
+        pass
+
+    def start(name: str, words: list[str], environment: dict[str, str]) -> None:
+        assert environment.get("CODELLAMA_API_KEY") == expected
+        raise Started
+
+    monkeypatch.setattr(web, "Child", start)
+    monkeypatch.setenv("OPENAI_API_KEY", "theirs")
+    monkeypatch.delenv("CODELLAMA_API_KEY", raising=False)
+    if ours is not None:
+        monkeypatch.setenv("CODELLAMA_API_KEY", ours)
+    with pytest.raises(Started):
+        open_page(base_url, headless=True)
+
+
 def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(CodeLlamaError, match="with its --base_url"):
