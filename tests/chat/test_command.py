@@ -57,6 +57,8 @@ def test_the_page_is_told_what_to_serve(monkeypatch: pytest.MonkeyPatch, opened:
         (["--base_url", "x", "--prompt", "y"], "base_url is 'x'; an address such as"),
         (["--base_url", "http://x/v1", "--api_key_file", "/nowhere/key", "--prompt", "y"], "No such file"),
         (["--prompt", "x", "--max_gen_len", "-1"], "max_gen_len is -1"),
+        (["--prompt", " "], "the question is empty"),
+        (["--prompt", "", "--base_url", "http://x/v1"], "the question is empty"),
     ],
 )
 def test_a_flag_without_effect_is_refused(
