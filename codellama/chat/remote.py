@@ -198,14 +198,19 @@ def find_key(api_key_file: str | None) -> str | None:
     """Take the key from the first line of a file, else from the environment; None is no key.
 
     Raises:
-        ValueError: the first line is empty.
+        ValueError: the first line is empty, or the key is no text that a request can bring; it is not shown.
         OSError: the file cannot be read.
     """
     if api_key_file is None:
-        return next((key for name in KEY_VARIABLES if (key := os.environ.get(name))), None)
-    key = Path(api_key_file).read_text().partition("\n")[0].strip()
-    if not key:
-        raise ValueError(f"the first line of {api_key_file} is empty; a key was expected there")
+        place = next(filter(lambda name: os.environ.get(name, "").strip(), KEY_VARIABLES), None)
+        key = None if place is None else os.environ[place].strip()
+    else:
+        place = f"the first line of {api_key_file}"
+        key = Path(api_key_file).read_text().partition("\n")[0].strip()
+        if not key:
+            raise ValueError(f"{place} is empty; a key was expected there")
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{place} holds a letter that no request can bring; a key of ASCII was expected there")
     return key
 
 

@@ -196,6 +196,18 @@ def test_where_the_key_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         find_key(str(file))
 
 
+def test_a_key_that_no_request_can_bring_is_told_and_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("Schlüssel")
+    with pytest.raises(ValueError, match=r"the first line of .*key holds a letter that no request can bring") as told:
+        find_key(str(tmp_path / "key"))
+    assert "Schl" not in str(told.value)
+    monkeypatch.setenv("CODELLAMA_API_KEY", "a\nb")
+    with pytest.raises(ValueError, match=r"^CODELLAMA_API_KEY holds a letter"):
+        find_key(None)
+    monkeypatch.setenv("CODELLAMA_API_KEY", " ours\n")
+    assert find_key(None) == "ours"
+
+
 def test_a_proxy_is_not_asked_about_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with ChatServer((200, sse("a"))) as server:
