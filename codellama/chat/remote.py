@@ -135,8 +135,10 @@ class RemoteModel:
         """Ask for the number of tokens of a text; None, for good, where the server has no such route."""
         if text not in self._lengths:
             route = f"{self._url.removesuffix('/v1')}/tokenize"
+            # vLLM reads model and prompt, llama.cpp content, and ours either
+            body = {"model": self.name, "prompt": text, "content": text}
             with self._reaching():
-                response = self._client.post(route, json={"content": text}, timeout=_SOON)
+                response = self._client.post(route, json=body, timeout=_SOON)
             try:
                 tokens = response.json()["tokens"] if response.status_code == 200 else None
             except (ValueError, KeyError, TypeError):

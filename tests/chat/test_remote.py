@@ -134,7 +134,8 @@ def test_old_turns_are_left_out_by_the_servers_count() -> None:
         assert [len(body["messages"]) for body in server.bodies()] == [1, 3, 3]
         assert screen.answers == ["ok"] * 3
         assert len(screen.warned) == 1
-        assert len(server.bodies("/tokenize")) == 2  # each text once
+        asked = [{"model": "first", "prompt": text, "content": text} for text in (long, "ok")]
+        assert server.bodies("/tokenize") == asked  # in the words of vLLM and of llama.cpp, and each text once
 
 
 def test_a_server_that_cannot_count() -> None:
