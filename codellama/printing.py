@@ -1,10 +1,15 @@
 """A text on standard output that grows. It knows nothing of what makes the text."""
 
+import sys
 from collections.abc import Iterator
+from itertools import chain
+
+# What moves the cursor, or does other things to a terminal, is no text of an answer.
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}") | {13: ""}
 
 
 def show(pieces: Iterator[str], is_first: bool, before: str = "", after: str = "") -> None:
-    """Print a text as it grows.
+    """Print a text as it grows. In a terminal a sign stands for each control character, which it would obey.
 
     Args:
         pieces: the text; what is wrong with a prompt is raised by the first one, before anything is printed.
@@ -16,7 +21,13 @@ def show(pieces: Iterator[str], is_first: bool, before: str = "", after: str = "
         for _ in pieces:
             pass
         return
-    print(f"{before}{first}", end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
+    clean = sys.stdout.isatty()
+    print(before, end="")
+    for piece in chain([first], pieces):
+        print(without_controls(piece) if clean else piece, end="", flush=True)
     print(after, end="" if after.endswith("\n") else "\n", flush=True)
+
+
+def without_controls(text: str) -> str:
+    """Put a sign in place of what a terminal would obey."""
+    return text.translate(_CONTROLS)

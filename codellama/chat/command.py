@@ -10,7 +10,7 @@ from typing import Any
 
 from codellama.chat.dialogue import Conversation, Settings
 from codellama.config import RuntimeArgs
-from codellama.errors import CodeLlamaError
+from codellama.errors import CodeLlamaError, PromptError
 from codellama.printing import show
 from codellama.prompt_file import read_text
 from codellama.prompts import Message
@@ -90,6 +90,8 @@ def chat(
         raise ValueError(f"{'--port' if port != 8501 else '--no-browser'} is about the page; give --web, too")
     once = file is not None or prompt is not None or not sys.stdin.isatty()
     question = read_text(file, prompt) if once else ""
+    if once and not question.strip() and os.environ.get("RANK", "0") == "0":  # other ranks read nothing
+        raise PromptError("the question is empty; one was expected from a file, --prompt, a pipe, or a terminal")
     conversation = Conversation(system or "", settings, question=question if once else None)
     if base_url is not None:
         _ask_server(conversation, once, base_url, api_key_file, model_id)

@@ -108,6 +108,8 @@ def export_chats(chats: Sequence[Chat]) -> str:
 def import_chats(data: bytes) -> list[Chat]:
     """Read what `export_chats` wrote, one chat as an object with messages, or a list of messages alone.
 
+    The object may have its system message beside the messages, as the terminal's files do.
+
     Raises:
         ChatFileError: it is anything else; the message says where.
     """
@@ -127,7 +129,10 @@ def _chat(value: Any, place: str) -> Chat:
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list):
         raise ChatFileError(f"{place} of the file has no list of messages.")
-    chat = Chat()
+    system = value.get("system", "")
+    if not isinstance(system, str):
+        raise ChatFileError(f"The system message of {place} is no text.")
+    chat = Chat(system=system)
     for number, message in enumerate(messages, start=1):
         role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
         if role not in ("system", "user", "assistant") or not isinstance(content, str):

@@ -141,6 +141,14 @@ class Desk:
         chat.messages = kept if question is None else [*kept[:-1], Message("user", question)]
         self.ask(model, sampling)
 
+    def forget(self) -> None:
+        """Forget the last question, and its answer: where a server refuses it, the chat can go on without it."""
+        self.stop()
+        chat = self.chat
+        assert chat.last_question is not None
+        del chat.messages[chat.last_question :]
+        chat.left_out = min(chat.left_out, len(chat.messages))
+
     def fill(self, model: Model, sampling: Sampling) -> None:
         """Fill the gap."""
         self.stop()

@@ -5,6 +5,8 @@ It knows nothing of pages, and imports nothing else of this package.
 
 import re
 
+from markdown_it import MarkdownIt
+
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})(.*)")
 _SPAN = re.compile(r"((?<!`)(`+)(?!`).+?(?<!`)\2(?!`))")  # code inside of a line
 _HALF_FENCE = re.compile(r"\s*(`{1,2}|~{1,2})")
@@ -18,7 +20,8 @@ _MEANT_BY_NOBODY = re.compile(
 def to_markdown(text: str, *, growing: bool = False) -> str:
     """Make a model's text ready for Streamlit's Markdown.
 
-    Outside of code, dollars and colons stand for themselves, and images are told, not shown.
+    Outside of code, dollars and colons stand for themselves, and images are told, not shown. Lines decide what is code;
+    where a parser does not agree with them, images are told there, too.
 
     Args:
         growing: more will come. What may become a fence at the end is held back, and code inside of a line is closed.
@@ -42,7 +45,18 @@ def to_markdown(text: str, *, growing: bool = False) -> str:
             if is_last and _SPAN.sub("", line).count("`") % 2:
                 line = line[:-1] if line.endswith("`") else line + "`"
         ready.append(line)
-    return "\n".join(ready)
+    whole = "\n".join(ready)
+    return whole if _images_are_code(whole) else whole.replace("![", r"!\[")
+
+
+def _images_are_code(text: str) -> bool:
+    """Say whether all that is left of images stands in code, whose borders lists and escapes can move."""
+    if "![" not in text:
+        return True
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    inside = [part for token in tokens for part in (token.children or [token])]
+    code = [part.content for part in inside if part.type in ("fence", "code_block", "code_inline")]
+    return sum(content.count("![") for content in code) == text.count("![")
 
 
 def _escape(line: str) -> str:

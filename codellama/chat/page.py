@@ -81,7 +81,7 @@ def _draw_settings(desk: Desk) -> tuple[Model | None, Sampling]:
         if len(desk.models) > 1:
             model = st.selectbox("Model", desk.models, format_func=lambda model: model.name)
     except ServerError as error:
-        st.error(str(error))
+        st.error(to_markdown(str(error)))
         st.button("Try again")
     chat = desk.chat
     key = f"system-{chat.id}"
@@ -105,6 +105,10 @@ def _draw_settings(desk: Desk) -> tuple[Model | None, Sampling]:
 
 def _draw_files(desk: Desk) -> None:
     with st.expander("Export and import"):
+        st.download_button(
+            "Export this chat", export_chats([desk.chat]), "chat.json", "application/json", on_click="ignore",
+            width="stretch",
+        )  # fmt: skip
         st.download_button(
             "Export all chats", export_chats(desk.chats), "chats.json", "application/json", on_click="ignore",
             width="stretch",
@@ -167,6 +171,10 @@ def _draw_chat(desk: Desk, model: Model | None, sampling: Sampling, context: Del
             if st.button("Edit", icon=":material/edit:", type="tertiary", help="Change the last question"):
                 desk.is_editing = True
                 st.rerun()
+            st.button(
+                "Undo", icon=":material/undo:", type="tertiary", help="Forget the last question and its answer",
+                on_click=desk.forget,
+            )  # fmt: skip
 
 
 def _draw_editor(desk: Desk, model: Model | None, sampling: Sampling, message: Message) -> None:

@@ -92,10 +92,10 @@ class RemoteModel:
             for event in events(response.iter_bytes()):
                 if "error" in event:
                     raise RemoteError(f"the answer broke off: {_message(event['error'])}")
-                for choice in event.get("choices", []):
-                    finished = finished or choice.get("finish_reason") is not None
-                    if text := (choice.get("delta") or {}).get("content"):
-                        yield text
+                text, ends = _read_choices(event)
+                finished = finished or ends
+                if text:
+                    yield text
         if not finished:
             raise RemoteError(f"the answer broke off: {self._url} closed the connection before its end")
 
@@ -135,9 +135,14 @@ class RemoteModel:
         """Ask for the number of tokens of a text; None, for good, where the server has no such route."""
         if text not in self._lengths:
             route = f"{self._url.removesuffix('/v1')}/tokenize"
+            # vLLM reads model and prompt, llama.cpp content, and ours either
+            body = {"model": self.name, "prompt": text, "content": text}
             with self._reaching():
-                response = self._client.post(route, json={"content": text}, timeout=_SOON)
-            tokens = response.json().get("tokens") if response.status_code == 200 else None
+                response = self._client.post(route, json=body, timeout=_SOON)
+            try:
+                tokens = response.json()["tokens"] if response.status_code == 200 else None
+            except (ValueError, KeyError, TypeError):
+                tokens = None  # something else is there
             if not isinstance(tokens, list):
                 self.context = None
                 return None
@@ -195,15 +200,34 @@ def find_key(api_key_file: str | None) -> str | None:
     """Take the key from the first line of a file, else from the environment; None is no key.
 
     Raises:
-        ValueError: the first line is empty.
+        ValueError: the first line is empty, or the key is no text that a request can bring; it is not shown.
         OSError: the file cannot be read.
     """
     if api_key_file is None:
-        return next((key for name in KEY_VARIABLES if (key := os.environ.get(name))), None)
-    key = Path(api_key_file).read_text().partition("\n")[0].strip()
-    if not key:
-        raise ValueError(f"the first line of {api_key_file} is empty; a key was expected there")
+        place = next(filter(lambda name: os.environ.get(name, "").strip(), KEY_VARIABLES), None)
+        key = None if place is None else os.environ[place].strip()
+    else:
+        place = f"the first line of {api_key_file}"
+        key = Path(api_key_file).read_text().partition("\n")[0].strip()
+        if not key:
+            raise ValueError(f"{place} is empty; a key was expected there")
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{place} holds a letter that no request can bring; a key of ASCII was expected there")
     return key
+
+
+def _read_choices(event: dict[str, Any]) -> tuple[str, bool]:
+    """Take an event's text, and whether it ends the answer.
+
+    Raises:
+        RemoteError: it has another form.
+    """
+    try:
+        choices = event.get("choices") or []
+        text = "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
+        return text, any(choice.get("finish_reason") is not None for choice in choices)
+    except (AttributeError, TypeError) as error:
+        raise RemoteError(f"the server sent {shown(event)}; choices with texts were expected") from error
 
 
 def _message(error: Any) -> str:

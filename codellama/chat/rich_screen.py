@@ -18,7 +18,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from codellama.chat.blocks import Blocks
-from codellama.chat.screen import AGAIN, MORE, PROMPT, without_controls
+from codellama.chat.screen import AGAIN, MORE, PROMPT
+from codellama.printing import without_controls
 
 _PER_SECOND = 8  # times that the block which grows is drawn
 

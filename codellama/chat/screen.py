@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from codellama.printing import without_controls
+
 PROMPT, MORE = "> ", "… "
 AGAIN = "Ctrl-C again, or Ctrl-D, ends the chat"
 _RICH = ("prompt_toolkit", "rich")
-# What moves the cursor, or does other things to a terminal, is no text of an answer.
-_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}") | {13: ""}
 
 
 class Screen(Protocol):
@@ -121,8 +121,3 @@ def history_file() -> Path:
     state = os.environ.get("XDG_STATE_HOME", "")
     folder = Path(state) if Path(state).is_absolute() else Path.home() / ".local" / "state"
     return folder / "codellama" / "history"
-
-
-def without_controls(text: str) -> str:
-    """Put a sign in place of what a terminal would obey."""
-    return text.translate(_CONTROLS)

@@ -78,13 +78,28 @@ def _of_page(content: Any, path: Path) -> Any:
         return content
     chats = content["chats"]
     if len(chats) != 1:
-        raise TranscriptError(f"{path} holds {len(chats)} chats; one was expected: export it alone")
+        raise TranscriptError(f"{path} holds {len(chats)} chats; one was expected: the page exports one by itself, too")
     messages: Any = chats[0].get("messages") if isinstance(chats[0], dict) else None
     first = messages[0] if isinstance(messages, list) and messages else None
     system: Any = ""
     if isinstance(messages, list) and isinstance(first, dict) and first.get("role") == "system":
         system, messages = first.get("content"), messages[1:]
+    if isinstance(messages, list):
+        messages = _joined(messages)
     return {"version": VERSION, "system": system, "settings": {}, "messages": messages}
+
+
+def _joined(messages: list[Any]) -> list[Any]:
+    """Join questions in a row, as the page does when it asks: the first of them was not answered."""
+    joined: list[Any] = []
+    for message in messages:
+        pair = [joined[-1], message] if joined else []
+        if pair and all(isinstance(one, dict) and one.get("role") == "user" and _is_text(one.get("content"))
+                        for one in pair):  # fmt: skip
+            joined[-1] = {"role": "user", "content": "\n\n".join(one["content"] for one in pair)}
+        else:
+            joined.append(message)
+    return joined
 
 
 def _settings(found: Any, path: Path) -> Settings:

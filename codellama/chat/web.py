@@ -29,7 +29,7 @@ Flags = Mapping[str, str | int | None]
 HOST = "127.0.0.1"
 GRACE = 15  # seconds that a process gets to end in order: more than a server gives its running answers
 PAGE_SECONDS = 120  # in which Streamlit must have started, on a very busy machine
-_NEEDED = ("streamlit", "httpx2")
+_NEEDED = ("streamlit", "httpx2", "markdown_it")
 _OPTIONS = {
     "server.address": HOST,
     "server.headless": "true",  # else it asks for an e-mail address, and opens a browser before it is wanted
@@ -55,13 +55,14 @@ def open_page(
 
     Args:
         base_url: where a server with OpenAI's protocol answers; None starts `codellama serve`.
-        api_key_file: its first line is the key; without it, the variable CODELLAMA_API_KEY, where it is set.
+        api_key_file: its first line is the key; without it, the variable CODELLAMA_API_KEY, where it is set, or, for a
+            server that is named, OPENAI_API_KEY.
         flags: those of `codellama serve`, by name, for a server that is started; None leaves one out.
         port: where the page listens, on this machine alone; 0 takes a free one.
         headless: do not open a browser.
 
     Raises:
-        CodeLlamaError: something is not installed, or the server or the page ended by itself.
+        CodeLlamaError: something is not installed, the port is taken, or the server or the page ended by itself.
         ValueError: a value that is wrong, or flags for a server that is not started.
         OSError: the file of the key cannot be read.
     """
@@ -80,9 +81,14 @@ def open_page(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CodeLlamaError("the page is no work for several processes: start `codellama serve` with torchrun, "
                              "and the page alone, with its --base_url")  # fmt: skip
-    key = {} if api_key_file is None else {"CODELLAMA_API_KEY": _read_key(api_key_file)}
+    from codellama.chat.remote import find_key  # late: it needs the extra
+
+    # A server of our own finds the variable itself, and OPENAI_API_KEY is no key of its.
+    found = find_key(api_key_file) if base_url is not None or api_key_file is not None else None
+    key = {} if found is None else {"CODELLAMA_API_KEY": found}
+    page_port = port or _free_port()
+    _check_port(page_port)  # now, and not when a model was loaded for it
     with _ended_by_signals(), ExitStack() as stack:
-        page_port = port or _free_port()
         children: list[Child] = []
         if base_url is None:
             server_port = _free_port()
@@ -201,11 +207,15 @@ def _check_url(url: str) -> None:
         raise ValueError("base_url holds a name or a password; a key belongs into --api_key_file")
 
 
-def _read_key(file: str) -> str:
-    key = Path(file).read_text().split("\n", 1)[0].strip()
-    if not key:
-        raise ValueError(f"the first line of {file} is empty; a key was expected there")
-    return key
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what ended a moment ago is no hindrance
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise CodeLlamaError(
+                f"the page cannot listen on port {port} ({error.strerror}); --port chooses another one, 0 a free one"
+            ) from error
 
 
 def _free_port() -> int:

@@ -42,10 +42,8 @@ def run(source: str, claim: int, number: int) -> None:
         write(claim, read(number, 64))
         leave(0)
     except BaseException as error:
-        if isinstance(error, MemoryError):
-            write(claim, b"memory")
-        else:
-            write(claim, b"failed")
+        if process() == own:  # a child that raises says nothing about the program
+            write(claim, b"memory" if isinstance(error, MemoryError) else b"failed")
         with contextlib.suppress(Exception):
             sys.stdout.flush()  # first, so that the traceback comes last
         import traceback
@@ -217,6 +215,7 @@ class Watch:
         self.request, self.init, self.output, self.status = request, init, output, status
         self.kept, self.read, self.reason = bytearray(), 0, ""
         self.facts: dict[str, Any] = {}
+        self.orphaned = False
         self.began = time.monotonic()  # again when the program is confined and begins
         poll = select.poll()
         for descriptor in (output, status, request["lifeline"]):
@@ -226,7 +225,7 @@ class Watch:
         while not self.reason:
             for descriptor, _ in poll.poll(TICK * 1000):
                 if descriptor == request["lifeline"]:
-                    self.reason = "killed"
+                    self.reason, self.orphaned = "killed", True
                 elif descriptor == status:
                     self.reason = self.hear()
                 elif not self.drain():
@@ -269,6 +268,11 @@ class Watch:
     def report(self, claim: int, secret: bytes, user: int | None) -> None:
         """End what is left, judge, and write the report."""
         kill_all(self.init, self.facts.get("program"), user)
+        if self.orphaned:  # who would have removed the folder is gone
+            import shutil
+
+            with contextlib.suppress(RecursionError):  # as deep as that, it stays
+                shutil.rmtree(self.request["folder"], ignore_errors=True)
         while self.read <= self.request["output"] * OUTPUT_READ:
             before = self.read
             self.drain()

@@ -105,16 +105,16 @@ def _key(entry: dict[str, Any]) -> Key:
     return entry["task_id"], entry["index"]
 
 
-def agree_on_parameters(path: Path, parameters: dict[str, Any], has_samples: bool) -> None:
+def agree_on_parameters(
+    path: Path, parameters: dict[str, Any], *, has_samples: bool, has_results: bool = False
+) -> None:
     """Write down with what the samples of a folder are made; where it has some, compare with what is written there.
 
     Raises:
         EvaluationError: they were made with something else; naming it.
     """
     if not has_samples:
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(parameters, indent=2) + "\n")
-        draft.replace(path)
+        _write(path, parameters)
         return
     found = _parse(path.read_bytes()) if path.exists() else None
     if found is None:
@@ -122,9 +122,19 @@ def agree_on_parameters(path: Path, parameters: dict[str, Any], has_samples: boo
             f"{path.parent} has samples, but {path.name} is missing or no JSON object: give another --output_dir"
         )
     names = [name for name in {**found, **parameters} if found.get(name) != parameters.get(name)]
-    if names:
+    if names == ["timeout"] and not has_results:  # it decides about results alone
+        _write(path, parameters)
+    elif names:
+        way = "or another --output_dir to begin anew"
+        if names == ["timeout"]:
+            way = "or remove results.jsonl, and the programs are run again; the samples stay"
         was = ", ".join(f"{name} {shown(found.get(name))} (now {shown(parameters.get(name))})" for name in names)
         raise EvaluationError(
-            f"the samples in {path.parent} were made with {was}: give the same again to go on with them, or another "
-            f"--output_dir to begin anew"
+            f"the samples in {path.parent} were made with {was}: give the same again to go on with them, {way}"
         )
+
+
+def _write(path: Path, parameters: dict[str, Any]) -> None:
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(parameters, indent=2) + "\n")
+    draft.replace(path)

@@ -55,10 +55,11 @@ class Evaluation:
         with ExitStack() as stack:
             folder, required = settings.output_dir, {"completion": str, "finish_reason": str}
             self._samples = stack.enter_context(Journal(folder / "samples.jsonl", required))
-            agree_on_parameters(
-                folder / "parameters.json", settings.parameters(fingerprint(settings.data)), bool(self._samples.entries)
-            )
             self._results = stack.enter_context(Journal(folder / "results.jsonl", {"passed": bool, "reason": str}))
+            agree_on_parameters(
+                folder / "parameters.json", settings.parameters(fingerprint(settings.data)),
+                has_samples=bool(self._samples.entries), has_results=bool(self._results.entries),
+            )  # fmt: skip
             if not self._results.entries.keys() <= self._samples.entries.keys():
                 raise EvaluationError(
                     f"{folder / 'results.jsonl'} has results of samples that {folder / 'samples.jsonl'} lacks: remove "

@@ -19,6 +19,7 @@ import httpx2
 import pytest
 from playwright.sync_api import BrowserContext, Locator, expect, sync_playwright
 
+from codellama.chat import transcript
 from tests.support.launching import Launched, runs
 from tests.support.serving import wait_until
 
@@ -264,3 +265,7 @@ def test_chats_leave_and_return_as_files(visitor: Visitor, tmp_path: Path) -> No
     download.value.save_as(tmp_path / "chats.json")
     first, second = json.loads((tmp_path / "chats.json").read_text())["chats"]
     assert (first["messages"], second["messages"]) == (messages, [])
+    with page.expect_download() as download:
+        visitor.click("Export this chat")
+    download.value.save_as(tmp_path / "chat.json")
+    assert transcript.load(tmp_path / "chat.json").messages == messages

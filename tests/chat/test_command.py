@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from codellama import cli
+from codellama import cli, printing
 from codellama.chat import screen, web
 from codellama.chat.rich_screen import RichScreen
 from codellama.llama import Llama
@@ -57,6 +57,8 @@ def test_the_page_is_told_what_to_serve(monkeypatch: pytest.MonkeyPatch, opened:
         (["--base_url", "x", "--prompt", "y"], "base_url is 'x'; an address such as"),
         (["--base_url", "http://x/v1", "--api_key_file", "/nowhere/key", "--prompt", "y"], "No such file"),
         (["--prompt", "x", "--max_gen_len", "-1"], "max_gen_len is -1"),
+        (["--prompt", " "], "the question is empty"),
+        (["--prompt", "", "--base_url", "http://x/v1"], "the question is empty"),
     ],
 )
 def test_a_flag_without_effect_is_refused(
@@ -106,11 +108,19 @@ def test_the_screen_is_what_the_terminal_can(
     assert isinstance(screen.choose_screen(alone=True), RichScreen) == rich
 
 
-def test_what_a_terminal_would_obey_is_no_text() -> None:
-    assert (
-        screen.without_controls("a\x1b[2J\tb\r\n한글\x9b")
-        == "a\N{REPLACEMENT CHARACTER}[2J\tb\n한글\N{REPLACEMENT CHARACTER}"
-    )
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_a_terminal_would_obey_is_no_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_terminal: bool
+) -> None:
+    """The answer to one question is shown like those of a chat; a pipe gets it as it is."""
+    obeyed = "a\x1b[2J\tb\r\n한글\x9b"
+    harmless = "a\N{REPLACEMENT CHARACTER}[2J\tb\n한글\N{REPLACEMENT CHARACTER}"
+    assert printing.without_controls(obeyed) == harmless
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    for pieces in ([obeyed, "b"], ["b", obeyed]):
+        printing.show(iter(pieces), is_first=True)
+        shown = "".join(harmless if is_terminal and piece == obeyed else piece for piece in pieces)
+        assert capsys.readouterr().out == f"{shown}\n"
 
 
 def test_where_the_history_lies(monkeypatch: pytest.MonkeyPatch) -> None:

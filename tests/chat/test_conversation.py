@@ -2,9 +2,12 @@
 
 import itertools
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from codellama.chat import transcript
 from codellama.chat.conversation import (
     Chat,
     ChatFileError,
@@ -15,6 +18,7 @@ from codellama.chat.conversation import (
     messages_to_leave_out,
     room_for_messages,
 )
+from codellama.chat.dialogue import Conversation
 
 ROLES = ["user", "assistant", "user", "assistant", "user"]
 
@@ -83,10 +87,19 @@ def test_other_forms() -> None:
         assert (chat.system, chat.messages) == ("s", [Message("user", "q")])
 
 
+def test_a_chat_of_the_terminal_keeps_its_system_message(tmp_path: Path) -> None:
+    asked: list[Any] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    transcript.save(Conversation("짧게", messages=asked, question="r"), tmp_path / "chat.json")
+    (chat,) = import_chats((tmp_path / "chat.json").read_bytes())
+    assert chat.system == "짧게"
+    assert chat.messages == [Message("user", "q"), Message("assistant", "a"), Message("user", "r")]
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         ("{", "is not JSON"),
+        ('{"system": 3, "messages": []}', "system message of chat 1 is no text"),
         ("\xff", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         ("3", "holds no chats"),

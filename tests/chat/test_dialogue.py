@@ -189,8 +189,12 @@ def test_a_chat_that_a_page_exported(tmp_path: Path) -> None:
     path.write_text(json.dumps({"chats": [{"title": "t", "messages": messages}]}))
     conversation = load(path)
     assert (conversation.system, conversation.messages) == ("system", messages[1:])
+    unanswered = [{"role": "user", "content": text} for text in ("a", "b", "c")]
+    path.write_text(json.dumps({"chats": [{"title": "t", "messages": [*messages, *unanswered]}]}))
+    conversation = load(path)
+    assert (conversation.messages, conversation.question) == (messages[1:], "a\n\nb\n\nc")
     path.write_text(json.dumps({"chats": [{"title": "t", "messages": messages}] * 2}))
-    with pytest.raises(TranscriptError, match="holds 2 chats; one was expected"):
+    with pytest.raises(TranscriptError, match="holds 2 chats; one was expected: the page exports one by itself"):
         load(path)
 
 

@@ -27,6 +27,23 @@ def test_code_stays_and_the_rest_is_literal() -> None:
 
 
 @pytest.mark.parametrize(
+    "before",
+    [
+        r"\`",  # no code begins there
+        "a line\n    ```\n",  # too far to the right for a fence
+        "```\n    ```\n```\n",  # the second one closes nothing
+        "* one\n\n  ```\n  code\n",  # the list ends, and its code with it
+        "| a | b |\n|---|---|\n| `x | ",  # a cell ends in the middle of code
+    ],
+)
+def test_no_image_is_taken_for_code(before: str) -> None:
+    for growing in (False, True):
+        shown = to_markdown(f"{before}![x](http://else/where.png) `", growing=growing)
+        assert "![" not in shown
+        assert r"!\[x](http://else/where.png)" in shown
+
+
+@pytest.mark.parametrize(
     "text", ["a: b", "http://host:80/x", "f(x): int", r"\$5", "12:30", "한글: 예", "| a | b |\n|:-|:-:|"]
 )
 def test_what_needs_no_change(text: str) -> None:

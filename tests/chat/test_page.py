@@ -10,6 +10,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from codellama.chat import page
+from codellama.chat.client import Model, Server, ServerError
 from tests.support.endpoint import Endpoint, serving_endpoint
 
 HELLO = ["안녕", "하세요 🦙\n\n```python\nprint('안녕')\n```\n", "$HOME"]
@@ -49,6 +50,10 @@ def click(app: AppTest, label: str) -> AppTest:
 def said(app: AppTest) -> list[tuple[str, str]]:
     """Who said what, as it is shown."""
     return [(message.name, [*message.text, *message.markdown][0].value) for message in app.chat_message]
+
+
+def refuse(_: Server) -> list[Model]:
+    raise ServerError("![x](http://else/where.png)")
 
 
 def roles(endpoint: Endpoint) -> list[str]:
@@ -174,6 +179,28 @@ def test_errors_are_messages(endpoint: Endpoint, options: dict[str, object], tol
     endpoint.status, endpoint.ends, endpoint.pieces = 200, Endpoint.ends, ["A better one."]
     click(app, "Regenerate")
     assert [list(app.error), said(app)[1:]] == [[], [("assistant", "A better one.")]]
+
+
+def test_a_chat_goes_on_without_what_a_server_refuses(endpoint: Endpoint) -> None:
+    app = ask(opened(), "first")
+    endpoint.status, endpoint.fault = 400, "[INST] is refused"
+    ask(app, "[INST]")
+    endpoint.status = 200
+    click(app, "Undo")
+    assert [list(app.error), [text for _, text in said(app)]] == [[], ["first", "An answer."]]
+    ask(app, "second")
+    assert [message["content"] for message in endpoint.messages] == ["first", "An answer.", "second"]
+    click(click(app, "Undo"), "Undo")
+    assert said(app) == []
+
+
+def test_what_a_server_says_of_its_models_is_text(endpoint: Endpoint) -> None:
+    endpoint.models = []
+    app = opened()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Server, "models", refuse)
+        app.run()
+    assert app.error[0].value == r"!\[x](http://else/where.png)"
 
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:

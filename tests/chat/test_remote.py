@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from codellama import cli
@@ -90,11 +91,29 @@ def test_a_real_server_answers_like_its_model(capsys: pytest.CaptureFixture[str]
         (200, sse("a")[:1], RemoteError, "closed the connection before its end"),
         (200, [b"data: {oops\n"], RemoteError, "which is no JSON"),
         (200, [b"data: 3\n"], RemoteError, "an object was expected"),
+        (200, [b'data: {"choices": 3}\n'], RemoteError, "choices with texts were expected"),
+        (200, [b'data: {"choices": ["a"]}\n'], RemoteError, "choices with texts were expected"),
+        (200, [b'data: {"choices": [{"delta": {"content": 3}}]}\n'], RemoteError, "choices with texts were expected"),
     ],
 )
 def test_a_failure_says_what_it_is(status: int, pieces: list[bytes], kind: type[Exception], message: str) -> None:
     with ChatServer((status, pieces)) as server, pytest.raises(kind, match=message):
         ask(server)
+
+
+def test_an_event_without_choices_is_passed_over() -> None:
+    with ChatServer((200, [b'data: {"choices": null}\n\n', *sse("a")])) as server:
+        assert ask(server) == ["a"]
+
+
+@pytest.mark.parametrize("reply", [b"<html>", b"[]", b"{}"])
+def test_a_server_that_has_something_else_at_tokenize(monkeypatch: pytest.MonkeyPatch, reply: bytes) -> None:
+    with ChatServer(context=100) as server:
+        model = RemoteModel(server.url)
+        monkeypatch.setattr(model._client, "post", lambda *_, **__: httpx2.Response(200, content=reply))
+        assert model.count(DIALOG) is None
+        assert model.context is None
+        model.end()
 
 
 def test_leaving_ends_the_answer() -> None:
@@ -115,7 +134,8 @@ def test_old_turns_are_left_out_by_the_servers_count() -> None:
         assert [len(body["messages"]) for body in server.bodies()] == [1, 3, 3]
         assert screen.answers == ["ok"] * 3
         assert len(screen.warned) == 1
-        assert len(server.bodies("/tokenize")) == 2  # each text once
+        asked = [{"model": "first", "prompt": text, "content": text} for text in (long, "ok")]
+        assert server.bodies("/tokenize") == asked  # in the words of vLLM and of llama.cpp, and each text once
 
 
 def test_a_server_that_cannot_count() -> None:
@@ -175,6 +195,18 @@ def test_where_the_key_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     file.write_text("\nfiled\n")
     with pytest.raises(ValueError, match="is empty; a key was expected"):
         find_key(str(file))
+
+
+def test_a_key_that_no_request_can_bring_is_told_and_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("Schlüssel")
+    with pytest.raises(ValueError, match=r"the first line of .*key holds a letter that no request can bring") as told:
+        find_key(str(tmp_path / "key"))
+    assert "Schl" not in str(told.value)
+    monkeypatch.setenv("CODELLAMA_API_KEY", "a\nb")
+    with pytest.raises(ValueError, match=r"^CODELLAMA_API_KEY holds a letter"):
+        find_key(None)
+    monkeypatch.setenv("CODELLAMA_API_KEY", " ours\n")
+    assert find_key(None) == "ours"
 
 
 def test_a_proxy_is_not_asked_about_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """What starts the page: values are checked first, and nothing is left behind however it ends."""
 
 import signal
+import socket
 from pathlib import Path
 
 import httpx2
 import pytest
 
+from codellama.chat import web
 from codellama.chat.web import open_page
 from codellama.errors import CodeLlamaError
 from tests.support.endpoint import serving_endpoint
@@ -39,10 +41,41 @@ def test_wrong_keys(tmp_path: Path) -> None:
         open_page(URL, str(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize(
+    ("base_url", "ours", "expected"), [(URL, None, "theirs"), (URL, "ours", "ours"), (None, None, None)]
+)
+def test_the_page_brings_the_key_that_the_terminal_brings(
+    monkeypatch: pytest.MonkeyPatch, base_url: str | None, ours: str | None, expected: str | None
+) -> None:
+    class Started(Exception):
+        pass
+
+    def start(name: str, words: list[str], environment: dict[str, str]) -> None:
+        assert environment.get("CODELLAMA_API_KEY") == expected
+        raise Started
+
+    monkeypatch.setattr(web, "Child", start)
+    monkeypatch.setenv("OPENAI_API_KEY", "theirs")
+    monkeypatch.delenv("CODELLAMA_API_KEY", raising=False)
+    if ours is not None:
+        monkeypatch.setenv("CODELLAMA_API_KEY", ours)
+    with pytest.raises(Started):
+        open_page(base_url, headless=True)
+
+
 def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(CodeLlamaError, match="with its --base_url"):
         open_page(URL)
+
+
+def test_a_port_that_is_taken_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a model was loaded for nothing, and a browser was opened on whatever is there."""
+    monkeypatch.setattr(web, "Child", lambda *_: pytest.fail("something was started"))
+    with socket.create_server((web.HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CodeLlamaError, match=f"cannot listen on port {port} .*--port chooses another one"):
+            open_page(port=port, headless=True)
 
 
 def test_a_server_that_does_not_start_is_told() -> None:

@@ -345,6 +345,7 @@ assert __name__ != "__main__"
         "import os\nos.mkdir('a'); open('a/b', 'w').close(); os.chmod('a/b', 0); os.chmod('a', 0)",
         "import os\nfor _ in range(1100): os.mkdir('d'); os.chdir('d')",
         "import sys\nfor _ in range(200): sys.stderr.write('x' * 20_000)",
+        "import os, sys\nchild = os.fork()\nif child == 0: sys.exit(0)\nassert os.waitpid(child, 0)[0] == child",
     ],
     ids=[
         "threads that never end",
@@ -354,6 +355,7 @@ assert __name__ != "__main__"
         "modes",
         "deep folders",
         "much output",
+        "a child that exits",
     ],
 )
 @pytest.mark.parametrize("without", [(), BARE_CONTAINER], ids=["all", "bare"])
@@ -382,17 +384,19 @@ def test_many_programs_from_several_threads() -> None:
     assert verdicts == [n % 2 == 0 for n in range(40)]
 
 
-def test_dies_with_the_process_that_started_it(folder: Path) -> None:
+@pytest.mark.parametrize("without", [(), BARE_CONTAINER], ids=["all", "bare"])
+def test_dies_with_the_process_that_started_it(without: tuple[Layer, ...], folder: Path) -> None:
     program = (
         f"import sys, tempfile; sys.path.append({PACKAGE!r}); tempfile.tempdir = {str(folder)!r}\n"
         "from codellama.evaluation.execution import run_program\n"
-        f'run_program(\'import os; print(1); os.execv("/bin/sleep", ["sleep", "{SLEEPER}"])\', timeout=60)'
+        f'run_program(\'import os; open("x", "w"); os.execv("/bin/sleep", ["sleep", "{SLEEPER}"])\', timeout=60, '
+        f"without={without})"
     )
     started = subprocess.Popen([sys.executable, "-c", program])
     wait_until(lambda: any(line.startswith("sleep") for line in survivors()))
     started.kill()
     started.wait()
-    wait_until(lambda: survivors() == [])
+    wait_until(lambda: survivors() == [] and list(folder.iterdir()) == [])
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -166,6 +166,21 @@ def test_generated_first_and_executed_later(sampled: Settings, tmp_path: Path, m
     assert (later[0].passed, *later[1:]) == (whole[0].passed, *whole[1:])
 
 
+def test_a_longer_timeout_needs_no_new_samples(sampled: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(sampled, None)
+    samples = written(sampled, "samples")
+    monkeypatch.setattr("codellama.evaluation.run._build", lambda _: pytest.fail("no sample is missing"))
+    longer = replace(sampled, timeout=30.0)
+    summary, *_ = finished(longer)  # nothing was run with the shorter one
+    with pytest.raises(EvaluationError, match=r"timeout 30\.0 \(now 10\.0\).*remove results\.jsonl.*the samples stay"):
+        finished(sampled)
+    (sampled.output_dir / "results.jsonl").unlink()
+    assert finished(sampled)[0].passed == summary.passed
+    assert written(sampled, "samples") == samples
+    with pytest.raises(EvaluationError, match=r"seed .* timeout .* another --output_dir to begin anew"):
+        finished(replace(longer, seed=99))
+
+
 class BrokenError(Exception):
     """Stands for whatever ends a run."""
 
