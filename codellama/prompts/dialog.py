@@ -72,5 +72,5 @@ def _check_message(index: int, message: Message, allow_tags: bool) -> None:
         if tag is not None and not allow_tags:
             raise PromptError(
                 f"message {index} ({message['role']}) contains {tag}, which is structure of the chat format and could "
-                f"forge another role's words: remove it, or pass allow_special_tags=True"
+                f"forge another role's words: remove it (the library's chat calls can take it as plain text)"
             )
