@@ -122,8 +122,9 @@ class RemoteModel:
             raise self._refusal(response)
         try:
             models = response.json()["data"]
-            assert all(isinstance(model["id"], str) for model in models)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            if not all(isinstance(model["id"], str) for model in models):
+                raise TypeError("the id of a model is a string")
+        except (ValueError, KeyError, TypeError) as error:
             raise RemoteError(
                 f"{self._url}/models answers {shown(response.text)}; a list of models was expected, as "
                 f"OpenAI-compatible servers have it: does the address end with /v1?"

@@ -63,6 +63,8 @@ class Settings:
             raise ValueError(f"grace is {self.grace}; a number of seconds from 0 to 3600 was expected")
         if self.api_key == "":
             raise ValueError("api_key is empty; leave the flag out to serve without a key")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError("api_key holds a letter that no request can bring; a key of printable ASCII was expected")
         for origin in self.cors:
             parts = urlsplit(origin)
             if origin != "*" and origin != f"{parts.scheme}://{parts.netloc}":

@@ -154,7 +154,9 @@ def test_where_a_key_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         find_key(None, str(file))
 
 
-@pytest.mark.parametrize("wrong", [{"timeout": 0.0}, {"timeout": float("nan")}, {"cors": ("localhost:3000",)}])
+@pytest.mark.parametrize(
+    "wrong", [{"timeout": 0.0}, {"timeout": float("nan")}, {"cors": ("localhost:3000",)}, {"api_key": "schlüssel"}]
+)
 def test_settings_are_checked(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="was expected"):
         Settings(**wrong)  # type: ignore[arg-type]
