@@ -165,10 +165,15 @@ def test_a_failure_of_the_model_is_told_in_the_stream(service: ScriptedService) 
 
 
 def test_the_key(service: ScriptedService) -> None:
-    locked = client(service, api_key="kéy")
-    for headers in ({}, {"authorization": "Bearer key"}, {"authorization": b"B\xff"}):
+    locked = client(service, api_key="key")
+    for headers in (
+        {},
+        {"authorization": "Bearer yek"},
+        {"authorization": b"B\xff"},
+        {"authorization": b"Bearer k\xffy"},
+    ):
         assert locked.get("/v1/models", headers=headers).status_code == 401
-    assert locked.get("/v1/models", headers={"authorization": "Bearer kéy".encode()}).status_code == 200
+    assert locked.get("/v1/models", headers={"authorization": "Bearer key"}).status_code == 200
     assert locked.get("/health").status_code == 200
 
 
