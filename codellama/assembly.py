@@ -14,7 +14,7 @@ import torch
 from codellama.cache import KVCache
 from codellama.checkpoint import load_model, open_checkpoint
 from codellama.config import RuntimeArgs
-from codellama.device import choose_device, choose_dtype, free_memory, use_device
+from codellama.device import choose_device, choose_dtype, compute_dtype, free_memory, use_device
 from codellama.errors import RankError
 from codellama.generation.engine import Engine
 from codellama.generation.prompt import PromptMaker
@@ -23,6 +23,7 @@ from codellama.generation.scheduler import Scheduler
 from codellama.memory import plan_budget
 from codellama.model import Transformer
 from codellama.parallel import Parallel, join
+from codellama.quantization import Quantization
 from codellama.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def assemble(
     rope_theta: float | None,
     checkpoint_format: str | None,
     progress: bool | None,
+    quantize: str | None = None,
     on_lost: Callable[[RankError], None] | None = None,
 ) -> Parts:
     """Load a checkpoint and make all that generates with it; the arguments are those of `Llama.build` and `join`.
@@ -61,9 +63,11 @@ def assemble(
     Raises:
         CheckpointError: the files are not what they should be.
         ParallelSizeError: the model does not split over that many ranks.
+        QuantizationError: quantize is unknown, or its groups do not divide the matrices.
         MemoryBudgetError: weights, cache and workspace do not fit.
         RankError: another rank is gone.
     """
+    quantization = Quantization.parse(quantize)
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     use_device(place)
@@ -78,16 +82,18 @@ def assemble(
 
     def check() -> str:
         parallel.check_divides(checkpoint.args)
-        budget = plan_budget(checkpoint.args, runtime, parallel.size, kind.itemsize)
+        itemsize = compute_dtype(kind, place).itemsize
+        budget = plan_budget(checkpoint.args, runtime, parallel.size, itemsize, kind.itemsize, quantization)
         free = free_memory(place)
         budget.check(free)
         return budget.describe(free)
 
     line = parallel.agree(check)
     if first:
-        logger.info("%s, %s on %d rank(s); %s", str(kind).removeprefix("torch."), place, parallel.size, line)
+        held = str(quantization or kind).removeprefix("torch.")
+        logger.info("%s, %s on %d rank(s); %s", held, place, parallel.size, line)
     show = first and sys.stderr.isatty() if progress is None else progress
-    model = parallel.agree(lambda: load_model(checkpoint, parallel, place, kind, show))
+    model = parallel.agree(lambda: load_model(checkpoint, parallel, place, kind, show, quantization))
     words = checkpoint.tokenizer()
     return parallel.agree(lambda: equip(model, words, runtime, parallel, seed))
 

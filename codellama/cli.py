@@ -15,6 +15,7 @@ from codellama.config import RuntimeArgs, SamplingParams
 from codellama.evaluation.command import evaluate
 from codellama.printing import show
 from codellama.prompt_file import read_text, split_prompt
+from codellama.quantization import Quantization
 from codellama.server.command import serve
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def complete(
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     checkpoint_format: str | None = None,
 ) -> None:
     """Continue a text and print both as the continuation grows.
@@ -50,6 +52,7 @@ def complete(
         seed: makes the result repeat; without it, each run draws anew.
         device (NAME): cpu, cuda or cuda:N; without it, the GPU where there is one.
         dtype (NAME): bfloat16, float16 or float32; without it, what the device computes best.
+        quantize (NAME): int8 or int4 (int4-g64, int4-g128): round the weights as they are loaded, to half or a third.
         checkpoint_format (NAME): meta, huggingface or gguf, for a folder that holds several; without it, the first.
 
     Examples:
@@ -57,9 +60,9 @@ def complete(
         codellama complete --prompt "def fibonacci(n):" --max_gen_len 64
         codellama complete - --temperature 0 < unfinished.py
     """
-    _check(temperature, top_p, max_gen_len, seed, max_seq_len)
+    _check(temperature, top_p, max_gen_len, seed, max_seq_len, quantize)
     text = read_text(file, prompt)
-    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, checkpoint_format)
+    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, quantize, checkpoint_format)
     pieces = llama.stream_completion(text, temperature, top_p, max_gen_len)
     show(pieces, llama.parallel.world_rank == 0, before=text)
 
@@ -77,6 +80,7 @@ def infill(
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     checkpoint_format: str | None = None,
     suffix_first: bool = False,
 ) -> None:
@@ -91,9 +95,9 @@ def infill(
         codellama infill unfinished.py --ckpt_dir CodeLlama-7b
         codellama infill --prompt "def add(a, b): return <FILL>" --suffix_first
     """
-    _check(temperature, top_p, max_gen_len, seed, max_seq_len)
+    _check(temperature, top_p, max_gen_len, seed, max_seq_len, quantize)
     prefix, suffix = split_prompt(read_text(file, prompt))
-    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, checkpoint_format)
+    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, quantize, checkpoint_format)
     pieces = llama.stream_infilling(prefix, suffix, temperature, top_p, max_gen_len, suffix_first)
     show(pieces, llama.parallel.world_rank == 0, before=prefix, after=suffix)
 
@@ -183,6 +187,7 @@ def info(
     max_seq_len: int = 2048,
     max_batch_size: int = 4,
     dtype: str | None = None,
+    quantize: str | None = None,
     checkpoint_format: str | None = None,
     tokenizer_path: str | None = None,
     rope_theta: float | None = None,
@@ -228,10 +233,13 @@ def main() -> None:
     run_command(COMMANDS, "codellama", about=about, version=__version__)
 
 
-def _check(temperature: float, top_p: float, max_gen_len: int | None, seed: int | None, max_seq_len: int) -> None:
+def _check(
+    temperature: float, top_p: float, max_gen_len: int | None, seed: int | None, max_seq_len: int, quantize: str | None
+) -> None:
     """Refuse wrong values before anything is read or loaded."""
     SamplingParams(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, seed=seed)
     RuntimeArgs(max_seq_len=max_seq_len)
+    Quantization.parse(quantize)
 
 
 def _build(
@@ -241,6 +249,7 @@ def _build(
     seed: int | None,
     device: str | None,
     dtype: str | None,
+    quantize: str | None,
     checkpoint_format: str | None,
 ) -> "Llama":
     from codellama.llama import Llama  # late: help and a misspelled flag need no torch
@@ -253,5 +262,6 @@ def _build(
         seed=seed,
         device=device,
         dtype=dtype,
+        quantize=quantize,
         checkpoint_format=checkpoint_format,
     )

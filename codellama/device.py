@@ -54,10 +54,11 @@ def use_device(device: torch.device) -> None:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Take the dtype asked for, or the fastest that is safe there.
+    """Take the dtype asked for, or the fastest that is safe there: how weights are held.
 
-    bfloat16 has float32's range and half its bytes, so it is taken wherever the hardware computes it; a CPU without it
-    emulates it slowly and gets float32. `python -m benchmarks.prefill --dtypes bfloat16,float32` measures both.
+    bfloat16 has float32's range and half its bytes, so it is taken wherever the hardware computes it. A CPU without it
+    emulates it slowly: there weights are float16, packed, and all else is float32 (`compute_dtype`), which is faster
+    than float32 weights at any number of rows; where they cannot be packed, float32.
 
     Raises:
         ValueError: another dtype.
@@ -73,8 +74,24 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if native else torch.float32
+    if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+        return torch.bfloat16
+    return torch.float16 if packs_half() else torch.float32
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Say in which dtype weights of this one are multiplied, and so what activations, norms and the cache are held in.
+
+    CPUs are slow at float16, so there it is float32.
+    """
+    if device.type == "cpu" and dtype == torch.float16 and packs_half():
+        return torch.float32
+    return dtype
+
+
+def packs_half() -> bool:
+    """Say whether PyTorch here has fbgemm's packed float16 product, which x86 has from AVX2 on."""
+    return torch.backends.quantized.engine in ("fbgemm", "x86")
 
 
 def free_memory(device: torch.device) -> int | None:

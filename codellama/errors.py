@@ -9,6 +9,7 @@
     ├── MemoryBudgetError            (MemoryError) it does not fit; names the largest max_seq_len that does
     ├── NumericalError               (ArithmeticError) NaN logits; names the ranks whose columns hold them
     ├── SafetyError                  a safety hook refused a chat or its answer; carries the reason
+    ├── QuantizationError            (ValueError) an unknown way to quantize, or groups that do not divide a matrix
     ├── EvaluationError              (ValueError) a file of problems or samples is not what it should be
     └── RankError                    (RuntimeError) another rank died, raised, or asked for something else
 
@@ -70,6 +71,10 @@ class NumericalError(CodeLlamaError, ArithmeticError):
 
 class SafetyError(CodeLlamaError):
     """A safety hook refused a chat, or the answer to it. The message is the reason that it gave."""
+
+
+class QuantizationError(CodeLlamaError, ValueError):
+    """Weights cannot be quantized in this way."""
 
 
 class EvaluationError(CodeLlamaError, ValueError):

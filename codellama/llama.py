@@ -91,6 +91,7 @@ class Llama:
         chunk_size: int = 2048,
         progress: bool | None = None,
         checkpoint_format: str | None = None,
+        quantize: str | None = None,
     ) -> "Llama":
         """Load a checkpoint, on one process or on as many as torchrun started.
 
@@ -102,26 +103,24 @@ class Llama:
             model_parallel_size: ranks that share one copy of the weights; None is all. With fewer than all, the copies
                 share the prompts of a call.
             device: "cpu", "cuda" (this rank's GPU), "cuda:N" or N; None is this rank's GPU where there is one.
-            dtype: None is bfloat16 where the hardware computes it, else float16 on a GPU and float32 on a CPU.
+            dtype: of the weights; None is bfloat16 where the hardware computes it, else float16.
             seed: makes the requests that bring no seed of their own repeat from run to run.
             rope_theta: for a params.json that has none.
             chunk_size: prompts are prefilled in chunks of so many tokens.
             checkpoint_format: meta, huggingface or gguf, for a folder that holds several; None finds it.
+            quantize: "int8", "int4", "int4-g64" or "int4-g128" rounds the matrices as they are loaded.
             progress: show a loading bar; None is on world rank 0 when stderr is a terminal.
 
         Raises:
             CheckpointError: the files are not what they should be.
-            ParallelSizeError: the model does not split over that many ranks.
+            ParallelSizeError, QuantizationError: the model does not split over that many ranks, or in such groups.
             MemoryBudgetError: weights, cache and workspace do not fit.
             RankError: another rank is gone.
         """
         runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size)
         llama = Llama.__new__(Llama)
-        parts = assemble(
-            ckpt_dir, tokenizer_path, runtime, model_parallel_size, device, dtype, seed, rope_theta, checkpoint_format,
-            progress,
-        )  # fmt: skip
-        llama._hold(parts)
+        llama._hold(assemble(ckpt_dir, tokenizer_path, runtime, model_parallel_size, device, dtype, seed, rope_theta,
+                             checkpoint_format, progress, quantize))  # fmt: skip
         return llama
 
     def close(self) -> None:

@@ -10,12 +10,16 @@ from pathlib import Path
 
 from codellama.config import ModelArgs, RuntimeArgs
 from codellama.errors import MemoryBudgetError
+from codellama.quantization import Quantization
 
 _CGROUP = "/sys/fs/cgroup"
 
 
 MASK_BYTES = 16 * 2**20
 """Bound of the attention masks that exist at once, whatever the length of the cache."""
+
+UNPACKED_BYTES = 96 * 2**20
+"""Bound of what is unpacked of a quantized matrix at once, with all that it is made of."""
 
 LOGITS_BYTES = 16 * 2**20
 """Bound of the logits that exist at once where a prompt is scored, with all that is made of them."""
@@ -29,22 +33,32 @@ class Budget:
         args: the architecture.
         runtime: rows, their length, and the chunk.
         size: model-parallel size.
-        itemsize: bytes of one weight, and of one number in the cache.
+        itemsize: bytes of one number in the cache and of one activation.
+        held: bytes of one weight that is not quantized; None is as many.
+        quantization: how the matrices are held.
     """
 
     args: ModelArgs
     runtime: RuntimeArgs
     size: int
     itemsize: int
+    held: int | None = None
+    quantization: Quantization | None = None
 
     @property
     def weights(self) -> int:
         """This rank's parameters."""
-        args = self.args
-        split = 2 * args.vocab_size * args.dim // self.size
-        split += args.n_layers * (2 * args.dim * args.dim + 3 * args.dim * args.hidden_dim) // self.size
-        copied = args.n_layers * 2 * args.dim * self._kv_dim + (2 * args.n_layers + 1) * args.dim
-        return (split + copied) * self.itemsize
+        args, size = self.args, self.size
+        held = self.held or self.itemsize
+        dim, hidden = args.dim, args.hidden_dim // size
+
+        def matrix(rows: int, columns: int) -> int:
+            return self.quantization.nbytes(rows, columns) if self.quantization else rows * columns * held
+
+        layer = matrix(dim // size + 2 * self._kv_dim, dim) + matrix(dim, dim // size)
+        layer += matrix(2 * hidden, dim) + matrix(dim, hidden)
+        ends = matrix(args.vocab_size // size, dim) + args.vocab_size * dim // size * held
+        return args.n_layers * layer + ends + (2 * args.n_layers + 1) * dim * self.itemsize
 
     @property
     def cache(self) -> int:
@@ -63,7 +77,8 @@ class Budget:
         score = 2 * chunk * args.dim * self.itemsize + min(LOGITS_BYTES, chunk * per_logits)
         rows = runtime.max_batch_size
         decode = rows * (self._token_bytes() + runtime.max_seq_len * (1 + self.itemsize) + per_logits)
-        return max(prefill, score, decode + 6 * 8 * args.vocab_size)  # sampling computes in float64, row by row
+        unpacked = UNPACKED_BYTES if self.quantization else 0
+        return unpacked + max(prefill, score, decode + 6 * 8 * args.vocab_size)  # sampling computes in float64
 
     @property
     def total(self) -> int:
@@ -83,10 +98,15 @@ class Budget:
             True,
             key=lambda length: replace(self, runtime=replace(self.runtime, max_seq_len=length)).total > free,
         )
+        smaller = [
+            name for name in ("int8", "int4") if replace(self, quantization=Quantization.parse(name)).total <= free
+        ]
         if longest > 0:
             advice = f"max_seq_len up to {longest} fits with max_batch_size {self.runtime.max_batch_size}"
         else:
             advice = "even without a cache it does not fit: spread it over more ranks, or use a smaller dtype"
+        if smaller and self.quantization is None:
+            advice += f", and quantize={smaller[0]!r} fits as it is"
         raise MemoryBudgetError(f"{self.describe(free)}: {advice}")
 
     def describe(self, free: int | None) -> str:
@@ -116,9 +136,16 @@ class Budget:
         return angles + residual + max(norm, projected + max(rotation, mixing), feed_forward)
 
 
-def plan_budget(args: ModelArgs, runtime: RuntimeArgs, size: int, itemsize: int) -> Budget:
+def plan_budget(
+    args: ModelArgs,
+    runtime: RuntimeArgs,
+    size: int,
+    itemsize: int,
+    held: int | None = None,
+    quantization: Quantization | None = None,
+) -> Budget:
     """Add up what a rank needs; see Budget for the arguments."""
-    return Budget(args, runtime, size, itemsize)
+    return Budget(args, runtime, size, itemsize, held, quantization)
 
 
 def logits_bytes(vocab_size: int, itemsize: int) -> int:

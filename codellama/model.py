@@ -10,14 +10,17 @@ Shapes: B batch rows, T new tokens per row, S cache length, H query heads here, 
 heads that share one, D head_dim. "Here" is on this model-parallel rank.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from codellama.cache import KVCache
 from codellama.config import ModelArgs
+from codellama.layers import ColumnParallelLinear, Held, ParallelEmbedding, RowParallelLinear, multiply_all
 from codellama.memory import query_tile
-from codellama.parallel import ColumnParallelLinear, Parallel, ParallelEmbedding, RowParallelLinear
+from codellama.parallel import Parallel
 
 
 class RMSNorm(nn.Module):
@@ -125,15 +128,17 @@ class Attention(nn.Module):
         self.wk = ColumnParallelLinear(args.dim, kv_dim, parallel)
         self.wv = ColumnParallelLinear(args.dim, kv_dim, parallel)
         self.wo = RowParallelLinear(args.dim, args.dim, parallel)
+        self.joint = (self.wq, self.wk, self.wv)  # read in one product, once they share a matrix
 
     def forward(
         self, x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor], layer: int, cache: KVCache | None
     ) -> Tensor:
         """Mix `[B, T, dim]` over the positions that each token sees; with a cache, write the new ones first."""
         B, T, _ = x.shape
-        query = self.wq(x).view(B, T, self.n_local_heads, self.head_dim)
-        key = self.wk(x).view(B, T, self.n_local_kv_heads, self.head_dim)
-        value = self.wv(x).view(B, T, self.n_local_kv_heads, self.head_dim)
+        query, key, value = multiply_all(x, self.joint)
+        query = query.view(B, T, self.n_local_heads, self.head_dim)
+        key = key.view(B, T, self.n_local_kv_heads, self.head_dim)
+        value = value.view(B, T, self.n_local_kv_heads, self.head_dim)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is None:
             keys, values = key.transpose(1, 2), value.transpose(1, 2)
@@ -152,10 +157,12 @@ class FeedForward(nn.Module):
         self.w1 = ColumnParallelLinear(args.dim, args.hidden_dim, parallel)
         self.w2 = RowParallelLinear(args.hidden_dim, args.dim, parallel)
         self.w3 = ColumnParallelLinear(args.dim, args.hidden_dim, parallel)
+        self.joint = (self.w1, self.w3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, T, dim]` to `[B, T, dim]`."""
-        y: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = multiply_all(x, self.joint)
+        y: Tensor = self.w2(F.silu(gate) * up)
         return y
 
 
@@ -197,6 +204,23 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = ColumnParallelLinear(args.dim, args.vocab_size, parallel, gather_output=True)
 
+    def matrices(self) -> Iterator[tuple[Held, ...]]:
+        """List the linear layers; those that take one input, and may share a matrix, together."""
+        for block in self.layers:
+            assert isinstance(block, TransformerBlock)
+            yield block.attention.joint
+            yield (block.attention.wo,)
+            yield block.feed_forward.joint
+            yield (block.feed_forward.w2,)
+        yield (self.output,)
+
+    def release(self) -> None:
+        """Give the memory of the weights back; nothing can run afterwards."""
+        for layers in self.matrices():
+            for layer in layers:
+                layer.matrix = None
+        self.to("meta")
+
     def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Compute the hidden states after the last norm.
 
@@ -206,9 +230,9 @@ class Transformer(nn.Module):
             cache: the view to write to and attend over, `B` rows and longer than the largest position.
 
         Returns:
-            `[B, T, dim]` in the weights' dtype, the same on every rank.
+            `[B, T, dim]` in the norms' dtype, the same on every rank.
         """
-        hidden: Tensor = self.tok_embeddings(tokens)
+        hidden: Tensor = self.tok_embeddings(tokens).to(self.norm.weight.dtype)
         rotary = rotary_angles(positions, self.args.head_dim, self.args.rope_theta)
         for layer, block in enumerate(self.layers):
             hidden = block(hidden, positions, rotary, layer, cache)

@@ -1,13 +1,6 @@
-"""Model parallelism: which rank we are, how ranks talk, and fairscale's parallel layers with our collectives.
+"""Model parallelism: which rank we are, how ranks talk, and the collectives of the model.
 
-The only file that imports fairscale; with `channel.py`, the only one that talks to other ranks. It knows nothing of
-requests or text.
-
-fairscale's layers need its own global groups, refuse to be set up twice and touch a whole master weight, so ours are
-subclasses that take rank, size and group from a Parallel object and start on the meta device; isinstance, weight names
-and weight axes stay fairscale's.
-
-Shapes: features are split over the ranks of one model-parallel group; every rank sees the same tokens.
+With `channel.py`, the only file that talks to other ranks. It knows nothing of layers, requests or text.
 """
 
 import os
@@ -20,9 +13,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from fairscale.nn.model_parallel import layers as fairscale
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from codellama.channel import Channel, Failure, one_line, outcome_of, unwrap
 from codellama.config import ModelArgs
@@ -332,54 +323,3 @@ def gather_last(x: Tensor, parallel: Parallel) -> Tensor:
 def lost_contact(parallel: Parallel, error: RuntimeError) -> RankError:
     """Say in one line what a failed collective means."""
     return parallel.give_up(f"lost contact with another rank, which died or raised ({one_line(error)})")
-
-
-class ColumnParallelLinear(fairscale.ColumnParallelLinear):
-    """A linear layer whose output features are split: weight `[out_features / size, in_features]`."""
-
-    def __init__(self, in_features: int, out_features: int, parallel: Parallel, gather_output: bool = False) -> None:
-        """Make this rank's rows; with gather_output every rank gets all output features."""
-        nn.Module.__init__(self)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.gather_output = gather_output
-        self.parallel = parallel
-        self.weight = nn.Parameter(torch.empty(out_features // parallel.size, in_features, device="meta"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., in_features]` to `[..., out_features]`, or to this rank's share of it."""
-        y = F.linear(x, self.weight)
-        return gather_last(y, self.parallel) if self.gather_output else y
-
-
-class RowParallelLinear(fairscale.RowParallelLinear):
-    """A linear layer whose input features are split: weight `[out_features, in_features / size]`."""
-
-    def __init__(self, in_features: int, out_features: int, parallel: Parallel) -> None:
-        """Make this rank's columns."""
-        nn.Module.__init__(self)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.parallel = parallel
-        self.weight = nn.Parameter(torch.empty(out_features, in_features // parallel.size, device="meta"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map this rank's `[..., in_features / size]` to the sum over ranks, `[..., out_features]`."""
-        y = F.linear(x, self.weight)
-        return sum_over_ranks(y, self.parallel)
-
-
-class ParallelEmbedding(fairscale.ParallelEmbedding):
-    """An embedding whose dimension, not its vocabulary, is split: weight `[num_embeddings, embedding_dim / size]`."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, parallel: Parallel) -> None:
-        """Make this rank's columns."""
-        nn.Module.__init__(self)
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.parallel = parallel
-        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim // parallel.size, device="meta"))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map ids `[...]` to `[..., embedding_dim]` on every rank."""
-        return gather_last(F.embedding(tokens, self.weight), self.parallel)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from codellama.config import ModelArgs
 from codellama.errors import ParallelSizeError, PromptError, RankError
-from codellama.parallel import ColumnParallelLinear, Parallel, ParallelEmbedding, RowParallelLinear, join
+from codellama.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from codellama.parallel import Parallel, join
 from tests.support.distributed import run_ranks
 
 CPU = torch.device("cpu")

@@ -14,6 +14,7 @@ from codellama.errors import CodeLlamaError, PromptError
 from codellama.printing import show
 from codellama.prompt_file import read_text
 from codellama.prompts import Message
+from codellama.quantization import Quantization
 
 
 def chat(
@@ -30,6 +31,7 @@ def chat(
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     checkpoint_format: str | None = None,
     base_url: str | None = None,
     model_id: str | None = None,
@@ -65,9 +67,11 @@ def chat(
     """
     settings = Settings(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, seed=seed)
     RuntimeArgs(max_seq_len=max_seq_len)
+    Quantization.parse(quantize)
     loading: dict[str, Any] = {
         "ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path, "device": device, "dtype": dtype,
-        "checkpoint_format": checkpoint_format, "max_seq_len": None if max_seq_len == 2048 else max_seq_len,
+        "quantize": quantize, "checkpoint_format": checkpoint_format,
+        "max_seq_len": None if max_seq_len == 2048 else max_seq_len,
     }  # fmt: skip
     if (base_url is not None or web) and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(f"{'--web' if web else '--base_url'} takes one process; start it without torchrun")

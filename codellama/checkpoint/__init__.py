@@ -4,24 +4,22 @@ This is the only place that shards weights.
 """
 
 import logging
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from codellama.checkpoint.gguf import GGUFCheckpoint
 from codellama.checkpoint.huggingface import HuggingFaceCheckpoint
 from codellama.checkpoint.huggingface_writer import write_huggingface
-from codellama.checkpoint.layout import Checkpoint, rank_span, tensor_shapes
+from codellama.checkpoint.layout import Checkpoint, rank_inputs, tensor_shapes
+from codellama.checkpoint.loading import Loading
 from codellama.checkpoint.meta import MetaCheckpoint
 from codellama.checkpoint.meta_writer import write_meta
 from codellama.errors import CheckpointError
 from codellama.model import Transformer
 from codellama.parallel import Parallel
+from codellama.quantization import Quantization
 
 __all__ = ["Checkpoint", "load_model", "open_checkpoint", "tensor_shapes", "write_huggingface", "write_meta"]
 
@@ -29,9 +27,6 @@ logger = logging.getLogger(__name__)
 
 FORMATS: tuple[type[Checkpoint], ...] = (MetaCheckpoint, HuggingFaceCheckpoint, GGUFCheckpoint)
 """Every weight format, in the order in which a folder that holds several of them is read."""
-
-READERS = 2
-"""Threads that read: most of the time goes into fresh pages of memory, which the system prepares for each by itself."""
 
 
 def open_checkpoint(
@@ -107,7 +102,12 @@ def choose_format(path: Path, name: str | None) -> type[Checkpoint]:
 
 
 def load_model(
-    checkpoint: Checkpoint, parallel: Parallel, device: torch.device, dtype: torch.dtype, progress: bool = False
+    checkpoint: Checkpoint,
+    parallel: Parallel,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool = False,
+    quantization: Quantization | None = None,
 ) -> Transformer:
     """Make this rank's part of the model and fill it; each rank copies only its own slices, tensor by tensor.
 
@@ -115,40 +115,23 @@ def load_model(
         checkpoint: an open checkpoint.
         parallel: which part to load.
         device: where the weights go.
-        dtype: what they are converted to.
+        dtype: what they are held in; see `compute_dtype` for what they are multiplied in.
         progress: show a bar on stderr when it takes longer than a second.
+        quantization: how matrices are rounded as they come; embedding and norms are not.
 
     Raises:
         ParallelSizeError: the model cannot be split over this many ranks.
+        QuantizationError: its groups do not divide the matrices.
+        CheckpointError: a number is too large for dtype.
     """
     model = Transformer(checkpoint.args, parallel)
     parameters = dict(model.named_parameters())
     assert parameters.keys() == set(checkpoint.names()), "the model's names are the canonical names"
+    if quantization is not None:
+        quantization.check(rank_inputs(checkpoint.args, parallel.size))
     total = sum(parameter.numel() for parameter in parameters.values()) * dtype.itemsize
-    spans = {name: rank_span(name, checkpoint.args, parallel.rank, parallel.size) for name in parameters}
+    loading = Loading(checkpoint, model, parallel, device, dtype, quantization)
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress) as bar:
-        for name, tensor in _read_ahead(checkpoint, spans):
-            parameter = parameters[name]
-            assert tensor.shape == parameter.shape, f"{name}: {tuple(tensor.shape)} for {tuple(parameter.shape)}"
-            owner, _, leaf = name.rpartition(".")
-            loaded = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
-            setattr(model.get_submodule(owner), leaf, loaded)
-            bar.update(loaded.nbytes)
+        for name in loading.run(list(parameters)):
+            bar.update(parameters[name].numel() * dtype.itemsize)
     return model.eval()
-
-
-def _read_ahead(checkpoint: Checkpoint, spans: dict[str, tuple[int, int, int] | None]) -> Iterator[tuple[str, Tensor]]:
-    """Read parts of tensors in order, some at once; at most READERS + 1 of them wait or are being read."""
-    with ThreadPoolExecutor(READERS) as pool:
-        pending: deque[tuple[str, Future[Tensor]]] = deque()
-        for name, span in spans.items():
-            pending.append((name, pool.submit(checkpoint.read, name, *(span or ()))))
-            if len(pending) > READERS:
-                yield _take(pending)
-        while pending:
-            yield _take(pending)
-
-
-def _take(pending: "deque[tuple[str, Future[Tensor]]]") -> tuple[str, Tensor]:
-    name, future = pending.popleft()  # no name here holds on to the tensor while the next one is read
-    return name, future.result()

@@ -121,7 +121,9 @@ class GGUFCheckpoint:
         """Return the tokenizer inside the file, or the one that was given."""
         return self._tokenizer
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+    def read(
+        self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """Copy a tensor, or its part from start to stop along dim: float32 where it is stored in blocks."""
         stored = self._stored[self._theirs[name]]
         spans = [(0, extent) for extent in stored.shape]

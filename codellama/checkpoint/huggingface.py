@@ -16,7 +16,7 @@ from torch import Tensor
 
 from codellama.checkpoint.faults import read_json, some, vocabulary_hint
 from codellama.checkpoint.huggingface_config import args_from_config
-from codellama.checkpoint.layout import tensor_shapes
+from codellama.checkpoint.layout import place_for, tensor_shapes
 from codellama.checkpoint.safetensors_header import Entry, read_header
 from codellama.errors import CheckpointError, shown
 from codellama.tokenizer import Tokenizer
@@ -104,7 +104,9 @@ class HuggingFaceCheckpoint:
         """Return the tokenizer that the folder was opened with."""
         return self._tokenizer
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+    def read(
+        self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """Copy a tensor, or its part from start to stop along dim, touching only the pages of the file that hold it."""
         spans = [(0, size) for size in self._shapes[name]]
         if dim is not None:
@@ -112,7 +114,8 @@ class HuggingFaceCheckpoint:
             assert 0 <= start <= stop <= spans[dim][1], f"{name}: {start} to {stop} of axis {dim}"
             spans[dim] = (start, stop)
         if not needs_pairs(name):
-            return self._view(name, spans).clone(memory_format=torch.contiguous_format)
+            view = self._view(name, spans)
+            return place_for(view.shape, view.dtype, out).copy_(view)
         # A row of a head stands elsewhere in the same head, so whole heads are read and cut afterwards.
         size, (first, last) = self.args.head_dim, spans[0]
         begin = first - first % size

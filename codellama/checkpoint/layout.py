@@ -4,10 +4,12 @@ It knows nothing of files. The canonical names are Meta's. Source: Meta's Llama 
 ParallelEmbedding splits the embedding dimension, not the vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from codellama.config import ModelArgs
@@ -66,11 +68,22 @@ class Checkpoint(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the full tensor."""
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """Copy a tensor, or its part from start to stop along dim, in the file's dtype; any thread may call it."""
+    def read(
+        self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Copy a tensor, or its part from start to stop along dim, in the file's dtype; any thread may call it.
+
+        Where `out` has this shape and dtype, the part may be put there, and `out` itself is then returned.
+        """
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that belongs to the weights."""
+
+
+def place_for(shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """Take `out` where it fits, else fresh memory."""
+    fits = out is not None and out.shape == torch.Size(shape) and out.dtype == dtype and out.device.type == "cpu"
+    return out if out is not None and fits else torch.empty(shape, dtype=dtype)
 
 
 def shard_dim(name: str) -> int | None:
@@ -114,6 +127,14 @@ def rank_span(name: str, args: ModelArgs, rank: int, size: int) -> tuple[int, in
         return dim, head * args.head_dim, (head + 1) * args.head_dim
     share = tensor_shapes(args)[name][dim] // size
     return dim, rank * share, (rank + 1) * share
+
+
+def rank_inputs(args: ModelArgs, size: int) -> dict[str, int]:
+    """Say how many input features a rank holds of each kind of matrix."""
+    shapes = tensor_shapes(replace(args, n_layers=1))
+    inputs = {name.split(".")[-2]: shape[1] for name, shape in shapes.items() if len(shape) == 2}
+    del inputs["tok_embeddings"]
+    return {kind: count // size if SHARD_DIM[kind] == 1 else count for kind, count in inputs.items()}
 
 
 def row_pieces(checkpoint: Checkpoint, name: str, piece_bytes: int) -> Iterator[Tensor]:

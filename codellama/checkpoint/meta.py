@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from codellama.checkpoint.faults import read_json, some, vocabulary_hint
-from codellama.checkpoint.layout import shard_dim, tensor_shapes
+from codellama.checkpoint.layout import place_for, shard_dim, tensor_shapes
 from codellama.checkpoint.pth import Place, read_directory, read_part
 from codellama.config import ModelArgs
 from codellama.errors import CheckpointError, shown
@@ -91,14 +90,16 @@ class MetaCheckpoint:
         """Return the tokenizer that the folder was opened with."""
         return self._tokenizer
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+    def read(
+        self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """Copy a tensor, or its part from start to stop along dim, reading no bytes but those that hold it."""
         spans = [(0, size) for size in self._shapes[name]]
         if dim is not None:
             spans[dim] = (start, spans[dim][1] if stop is None else stop)
         axis, offset = shard_dim(name), 0
         shards = self._shards if axis is not None else self._shards[:1]
-        tensor = torch.empty([high - low for low, high in spans], dtype=shards[0][name].dtype)
+        tensor = place_for([high - low for low, high in spans], shards[0][name].dtype, out)
         for path, shard in zip(self._paths, shards, strict=False):
             place = shard[name]
             if axis is None:

@@ -40,6 +40,7 @@ def evaluate(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     checkpoint_format: str | None = None,
 ) -> None:
     """Score a model on HumanEval, MBPP, or HumanEval infilling.
@@ -99,6 +100,7 @@ def evaluate(
         model_parallel_size=model_parallel_size,
         device=device,
         dtype=dtype,
+        quantize=quantize,
     )
     from codellama.evaluation.run import run
 

@@ -13,6 +13,7 @@ from codellama.config import RuntimeArgs, SamplingParams
 from codellama.errors import EvaluationError
 from codellama.evaluation.pass_at_k import MODELS, VARIANTS
 from codellama.evaluation.tasks import TASKS
+from codellama.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Settings:
     model_parallel_size: int | None = None
     device: str | None = None
     dtype: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -55,6 +57,7 @@ class Settings:
         SamplingParams(
             temperature=self.temperature, top_p=self.top_p, max_gen_len=self.max_gen_len, seed=self.seed
         )  # fmt: skip
+        Quantization.parse(self.quantize)
         RuntimeArgs(max_seq_len=self.max_seq_len, max_batch_size=self.max_batch_size)
         least = {"n": self.n, "max_gen_len": self.max_gen_len, "n_workers": self.n_workers, "limit": self.limit}
         for name, number in least.items():
@@ -96,7 +99,7 @@ class Settings:
         tokenizer = None if self.tokenizer_path is None else str(Path(self.tokenizer_path).resolve())
         names = (
             "task", "checkpoint_format", "temperature", "top_p", "max_gen_len", "max_seq_len", "seed", "chat",
-            "suffix_first", "timeout", "device", "dtype",
+            "suffix_first", "timeout", "device", "dtype", "quantize",
         )  # fmt: skip
         own = {name: getattr(self, name) for name in names}
         return {**own, "data": data, "ckpt_dir": weights, "tokenizer_path": tokenizer}

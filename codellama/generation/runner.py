@@ -52,7 +52,7 @@ class Runner:
 
     def free(self) -> None:
         """Give the memory of weights and cache back; nothing can run afterwards."""
-        self.model.to("meta")
+        self.model.release()
         self.cache.free()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

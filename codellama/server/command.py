@@ -7,6 +7,7 @@ import importlib.util
 
 from codellama.config import RuntimeArgs
 from codellama.errors import CodeLlamaError
+from codellama.quantization import Quantization
 from codellama.safety import load_hook
 from codellama.server.settings import Settings, find_key
 
@@ -37,6 +38,7 @@ def serve(
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     checkpoint_format: str | None = None,
 ) -> None:
     """Serve an OpenAI-compatible API to editors and chat clients.
@@ -68,6 +70,7 @@ def serve(
         torchrun --nproc_per_node 2 -m codellama serve --ckpt_dir CodeLlama-13b-Instruct
     """
     runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size)
+    Quantization.parse(quantize)
     settings = Settings(
         host=host,
         port=port,
@@ -92,7 +95,7 @@ def serve(
 
     serve(
         ckpt_dir, tokenizer_path, runtime, settings, model_parallel_size,
-        device=device, dtype=dtype, seed=seed, checkpoint_format=checkpoint_format,
+        device=device, dtype=dtype, quantize=quantize, seed=seed, checkpoint_format=checkpoint_format,
     )  # fmt: skip
 
 

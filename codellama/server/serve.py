@@ -41,6 +41,7 @@ def serve(
     *,
     device: str | None,
     dtype: str | None,
+    quantize: str | None,
     seed: int | None,
     checkpoint_format: str | None,
 ) -> None:
@@ -58,7 +59,8 @@ def serve(
 
     def load(on_lost: Callable[[RankError], None]) -> Parts:
         return assemble(
-            ckpt_dir, tokenizer_path, runtime, size, device, dtype, seed, None, checkpoint_format, None, on_lost
+            ckpt_dir, tokenizer_path, runtime, size, device, dtype, seed, None, checkpoint_format, None,
+            quantize, on_lost,
         )  # fmt: skip
 
     leads, is_group = world_rank % size == 0, world_size > 1

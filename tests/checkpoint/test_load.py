@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.load import run_processes, write_random
-from codellama.checkpoint import READERS, load_model, open_checkpoint
+from codellama.checkpoint import load_model, open_checkpoint
+from codellama.checkpoint.loading import READERS, Loading
 from codellama.checkpoint.meta import MetaCheckpoint
 from codellama.errors import CheckpointError
 from codellama.model import Transformer
@@ -27,18 +29,18 @@ def test_memory_is_the_ranks_own_weights(tmp_path: Path) -> None:
 
 def test_few_tensors_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(tiny.tiny_checkpoint(tmp_path / "ckpt"))
-    read, begun, ahead = MetaCheckpoint.read, [], []
-    model = Transformer(checkpoint.args)
+    read, begun, placed, ahead = MetaCheckpoint.read, [], [], []
 
-    def count(self: MetaCheckpoint, name: str, *span: int) -> torch.Tensor:
+    def count(self: MetaCheckpoint, name: str, *span: Any, out: torch.Tensor | None) -> torch.Tensor:
         begun.append(name)
-        placed = sum(not parameter.is_meta for parameter in model.parameters())
-        ahead.append(len(begun) - placed)
-        return read(self, name, *span)
+        ahead.append(len(begun) - len(placed))
+        return read(self, name, *span, out=out)
 
     monkeypatch.setattr(MetaCheckpoint, "read", count)
-    monkeypatch.setattr("codellama.checkpoint.Transformer", lambda *_: model)
-    load_model(checkpoint, Parallel(), torch.device("cpu"), torch.float32)
+    model = Transformer(checkpoint.args)
+    loading = Loading(checkpoint, model, Parallel(), torch.device("cpu"), torch.float32, None)
+    for name in loading.run(list(checkpoint.names())):
+        placed.append(name)
     assert sorted(begun) == sorted(checkpoint.names())
     assert max(ahead) <= READERS + 1
     weights = tiny.random_weights(tiny.ARGS)

@@ -241,7 +241,7 @@ def serve_on_short_timeouts(timeout: float) -> str:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     serve(
         str(DEMO), None, RuntimeArgs(max_seq_len=512), Settings(port=0), 2,
-        device="cpu", dtype="float32", seed=None, checkpoint_format=None,
+        device="cpu", dtype="float32", quantize=None, seed=None, checkpoint_format=None,
     )  # fmt: skip
     return "ended in peace"
 
@@ -274,5 +274,5 @@ def test_a_size_that_does_not_divide_is_refused_before_anything_is_loaded(
     with pytest.raises(ParallelSizeError, match=f"model_parallel_size {size} does not fit 3 processes"):
         serve(
             None, None, RuntimeArgs(), Settings(port=0), size,
-            device=None, dtype=None, seed=None, checkpoint_format=None,
+            device=None, dtype=None, quantize=None, seed=None, checkpoint_format=None,
         )  # fmt: skip
