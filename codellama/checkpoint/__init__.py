@@ -1,6 +1,4 @@
 """Checkpoints: open one of any format, and load one rank's part of it into a model. One file per weight format.
-
-This is the only place that shards weights.
 """
 
 import logging
