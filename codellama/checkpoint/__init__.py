@@ -1,5 +1,4 @@
-"""Checkpoints: open one of any format, and load one rank's part of it into a model. One file per weight format.
-"""
+"""Checkpoints: open one of any format, and load one rank's part of it into a model. One file per weight format."""
 
 import logging
 from pathlib import Path
