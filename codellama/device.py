@@ -89,6 +89,22 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+FEW_ROWS: dict[tuple[str, str], int] = {
+    ("int4", "avx512_vnni"): 16,
+    ("int4", "avx2"): 16,
+}
+"""For a way to hold weights, and the best instruction set of the CPU: rows of activations up to which our own kernel is
+faster than the dense product of the unpacked weight. `python -m benchmarks.kernels` measures it anew."""
+
+
+def few_rows(held: str, device: torch.device) -> int:
+    """Say for how many rows of activations our own kernel is to be taken here; 0 for none."""
+    if device.type != "cpu":
+        return 0
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return next((count for (kind, name), count in FEW_ROWS.items() if kind == held and capabilities.get(name)), 0)
+
+
 def packs_half() -> bool:
     """Say whether PyTorch here has fbgemm's packed float16 product, which x86 has from AVX2 on."""
     return torch.backends.quantized.engine in ("fbgemm", "x86")

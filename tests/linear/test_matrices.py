@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from codellama.device import packs_half
 from codellama.linear import Dense, Int4, Int8, Matrix, PackedHalf, make_matrix
@@ -28,9 +27,10 @@ def filled(matrix: Matrix, rows: Tensor) -> Matrix:
     return matrix
 
 
-def error(y: Tensor, expected: Tensor) -> float:
-    """Largest over output features of the relative error: each has a size of its own."""
-    return float(((y.float() - expected).norm(dim=0) / expected.norm(dim=0)).max())
+def error(y: Tensor, x: Tensor, w: Tensor) -> float:
+    """Largest error of a product, in parts of the lengths of both vectors."""
+    x, w = x.double(), w.double()
+    return float(((y - x @ w.T).abs() / (x.norm(dim=1)[:, None] * w.norm(dim=1))).max())
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -42,10 +42,9 @@ def test_quantized_products(name: str, compute: torch.dtype, count: int) -> None
     x = torch.randn(1, count, K, generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, count)[:, None]
     y = matrix(x.to(compute))
     assert (y.shape, y.dtype) == ((1, count, N), compute)
-    expected = x.to(compute)[0].float() @ matrix.dense().float().T
-    # float32 sums, or activations rounded to eight bits in a kernel for few rows (1/254 of the largest of a group);
-    # in bfloat16 results have eight bits.
-    assert error(y[0], expected) < (0.012 if compute == torch.bfloat16 or count <= 16 else 1e-5)
+    # A kernel for few rows may round activations to eight bits, half a step of which is 1/254 of the largest of a group;
+    # a result in bfloat16 is off by 1/512. Both are spread over K inputs.
+    assert error(y[0], x.to(compute)[0], matrix.dense()) < (2e-3 if compute == torch.bfloat16 or count <= 16 else 1e-6)
 
 
 @pytest.mark.parametrize(("name", "bound"), [("int8", 0.011), ("int4", 0.085), ("int4-g64", 0.1), ("int4-g128", 0.115)])
@@ -61,7 +60,7 @@ def test_the_error_of_rounding(name: str, bound: float) -> None:
 def test_bytes_are_what_was_planned(name: str) -> None:
     quantization = Quantization.parse(name)
     matrix = filled(make_matrix(N, K, torch.bfloat16, torch.bfloat16, CPU, quantization), weight())
-    assert matrix.nbytes == quantization.nbytes(N, K)
+    assert quantization.nbytes(N, K) <= matrix.nbytes <= quantization.nbytes(80, K)  # kernels may fill up registers
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -99,7 +98,7 @@ def test_packed_half(count: int) -> None:
     assert torch.equal(matrix.dense(20, 60), weight()[20:60].half().float())
     assert matrix.nbytes == 2 * N * K
     x = torch.randn(3, count, K, generator=torch.Generator().manual_seed(1))
-    assert error(matrix(x)[1], F.linear(x[1], matrix.dense())) < 1e-4
+    assert error(matrix(x)[1], x[1], matrix.dense()) < 1e-6
 
 
 def test_dense_rows_are_views() -> None:

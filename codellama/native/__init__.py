@@ -1,0 +1,1 @@
+"""CPU kernels of our own, in C++: built on first use, and never needed."""

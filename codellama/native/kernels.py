@@ -1,0 +1,118 @@
+"""The kernels as functions of tensors.
+
+They read a weight once for a few rows of activations. What is read many rows at a time is unpacked once instead, and
+multiplied by PyTorch. A row's result is the same, bit for bit, whatever rows stand beside it and however many threads
+there are. They know nothing of models, and nothing of which kernel is faster where.
+"""
+
+# Shapes: R rows of activations, K inputs, N outputs, G a group of inputs that share a scale.
+
+import ctypes
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from codellama.native.build import UnavailableError, load_library
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def native_kernels() -> "Kernels | None":
+    """Get the kernels for this CPU, built now if they never were; None, with one line in the log, where there are none.
+
+    The answer is kept for the life of the process, so that the reason is told once.
+    """
+    return load_kernels()
+
+
+def load_kernels() -> "Kernels | None":
+    """Get them without remembering the answer."""
+    try:
+        return Kernels(load_library())
+    except UnavailableError as reason:
+        logger.warning("without our own CPU kernels: %s", reason)
+        return None
+
+
+class Kernels:
+    """The kernels of one library. All tensors are contiguous and on the CPU; activations bfloat16 or float32."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Take a library that `load_library` has loaded."""
+        self._library = library
+        library.packed_int4_bytes.restype = ctypes.c_int64
+
+    def pack_int4(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        """Lay a 4-bit matrix out as `int4_linear` reads it.
+
+        Args:
+            codes: uint8 [N, K / 2], two codes a byte, the even input in the low half.
+            scales: bfloat16 [N, K / G], G one of 32, 64 and 128: w = (code - 8) * scale + zero.
+            zeros: bfloat16 [N, K / G].
+
+        Returns:
+            uint8, one axis: 4 bits a weight, and 32 for each group; N is rounded up to whole registers.
+        """
+        (n, half), groups = codes.shape, scales.shape[1]
+        group = 2 * half // groups
+        assert scales.shape == zeros.shape == (n, 2 * half // group)
+        packed = torch.empty(self._packed_bytes(n, 2 * half, group), dtype=torch.uint8)
+        arrays = _address(codes, torch.uint8), _address(scales, torch.bfloat16), _address(zeros, torch.bfloat16)
+        self._library.pack_int4(*arrays, _address(packed), *_sizes(n, 2 * half, group), torch.get_num_threads())
+        return packed
+
+    def int4_linear(self, x: Tensor, packed: Tensor, n: int, group: int) -> Tensor:
+        """Multiply a few rows by a packed matrix. Activations are rounded to 8 bits, in groups of 32 with a scale each.
+
+        Args:
+            x: [R, K].
+
+        Returns:
+            [R, N], in x's dtype.
+        """
+        rows, k = x.shape
+        assert packed.numel() == self._packed_bytes(n, k, group)
+        out = x.new_empty(rows, n)
+        arrays = _address(x), _is_bf16(x.dtype), _address(packed, torch.uint8), _address(out)
+        self._library.int4_linear(*arrays, *_sizes(rows, n, k, group), torch.get_num_threads())
+        return out
+
+    def unpack_int4(
+        self, packed: Tensor, n: int, k: int, group: int, dtype: torch.dtype, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Make some outputs' weights of a packed matrix dense.
+
+        Returns:
+            [stop - start, K], each weight the one of `pack_int4`, rounded once.
+        """
+        stop = n if stop is None else stop
+        assert 0 <= start <= stop <= n
+        assert packed.numel() == self._packed_bytes(n, k, group)
+        out = torch.empty(stop - start, k, dtype=dtype)
+        arrays = _address(packed, torch.uint8), _address(out), _is_bf16(dtype)
+        self._library.unpack_int4(*arrays, *_sizes(k, group, start, stop), torch.get_num_threads())
+        return out
+
+    def _packed_bytes(self, n: int, k: int, group: int) -> int:
+        assert group in (32, 64, 128)
+        assert k % group == 0
+        return int(self._library.packed_int4_bytes(*_sizes(n, k, group)))
+
+
+def _address(tensor: Tensor, dtype: torch.dtype | None = None) -> ctypes.c_void_p:
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    assert dtype in (None, tensor.dtype)
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _sizes(*sizes: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(size) for size in sizes]
+
+
+def _is_bf16(dtype: torch.dtype) -> bool:
+    assert dtype in (torch.bfloat16, torch.float32)
+    return dtype == torch.bfloat16
