@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from codellama.device import choose_device, choose_dtype, free_memory, use_device
+from codellama.device import choose_device, choose_dtype, compute_dtype, free_memory, use_device
 from codellama.errors import RankError
 from codellama.parallel import refuse_shared_gpus
 
@@ -72,13 +72,30 @@ def test_ranks_that_share_a_gpu_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
-    [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)],
+    [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float16)],
 )
 def test_bfloat16_on_a_cpu_that_computes_it(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert choose_dtype(None, torch.device("cpu")) == expected
+    monkeypatch.setattr(torch.backends.quantized, "engine", "qnnpack")  # such as ARM has: nothing packs float16 there
+    without = torch.float32 if expected == torch.float16 else expected
+    assert choose_dtype(None, torch.device("cpu")) == without
+    assert compute_dtype(torch.float16, torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("held", "device", "expected"),
+    [
+        ("float16", "cpu", "float32"),
+        ("bfloat16", "cpu", "bfloat16"),
+        ("float32", "cpu", "float32"),
+        ("float16", "cuda", "float16"),
+    ],
+)
+def test_float16_is_multiplied_in_float32_on_a_cpu(held: str, device: str, expected: str) -> None:
+    assert compute_dtype(getattr(torch, held), torch.device(device)) == getattr(torch, expected)
 
 
 @pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float16)])

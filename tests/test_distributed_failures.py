@@ -93,7 +93,7 @@ def broken(folder: Path, victim: int) -> list[Any]:
         raise MemoryError("on this rank alone")
 
     if llama.parallel.rank == victim:
-        llama.model.layers[1].attention.wq.forward = fail  # type: ignore[method-assign]
+        llama.model.layers[1].attention.wo.forward = fail  # type: ignore[method-assign]
     started = time.monotonic()
     found = [attempt(lambda: llama.generate([[1, 2]], 4, temperature=0)) for _ in range(2)]
     return [time.monotonic() - started, *found]

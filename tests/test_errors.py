@@ -46,6 +46,7 @@ def test_all_classes_are_here() -> None:
         "GrammarError",
         "MemoryBudgetError",
         "NumericalError",
+        "QuantizationError",
         "RankError",
         "SafetyError",
     }
@@ -63,6 +64,7 @@ def test_all_classes_are_here() -> None:
         (errors.EvaluationError, {errors.CodeLlamaError, ValueError}),
         (errors.MemoryBudgetError, {errors.CodeLlamaError, MemoryError}),
         (errors.NumericalError, {errors.CodeLlamaError, ArithmeticError}),
+        (errors.QuantizationError, {errors.CodeLlamaError, ValueError}),
         (errors.RankError, {errors.CodeLlamaError, RuntimeError}),
         (errors.SafetyError, {errors.CodeLlamaError}),
     ],
