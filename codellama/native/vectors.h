@@ -187,6 +187,8 @@ static inline void store_some(void* to, int64_t at, bool bf16, Floats value, int
   memcpy(static_cast<char*>(to) + at * size, lanes, size_t(count * size));
 }
 
+static inline void store_one(void* to, int64_t at, bool bf16, float value) { store_some(to, at, bf16, all(value), 1); }
+
 // Memory of a call, aligned to a cache line.
 struct Scratch {
   void* data;
