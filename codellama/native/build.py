@@ -1,6 +1,6 @@
 """The C++ sources beside this file as a shared library: compiled on first use, kept in the user's cache folder.
 
-The library includes no header of PyTorch and links no OpenMP of its own: it is called through ctypes with addresses, and
+The library includes no header of PyTorch and links no OpenMP of its own: it is called through ctypes with addresses and
 finds the OpenMP that PyTorch has loaded. So it compiles in seconds with nothing but a compiler, and stays valid when
 PyTorch changes. It knows nothing of tensors.
 """

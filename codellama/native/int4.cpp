@@ -13,13 +13,15 @@
 namespace {
 
 constexpr int64_t PIECE = 4 * LANES;  // bytes for 8 inputs of a block
-constexpr int64_t AHEAD = 2048;       // how far memory is asked for before it is needed: across a page, where the CPU itself stops
+constexpr int64_t AHEAD = 2048;
 
 int64_t group_bytes(int64_t group) { return LANES * 4 + group / 8 * PIECE; }
 
 struct Term {  // of 32 activations: a, -8 * a * (sum of xq), sum of x
   float scale, offset, sum;
 };
+
+typedef int32_t Four __attribute__((may_alias, aligned(4)));  // four activations, for all lanes
 
 uint32_t spread(uint32_t nibbles) {  // four nibbles to four bytes
   nibbles = (nibbles | nibbles << 8) & 0x00ff00ffu;
@@ -34,24 +36,27 @@ void multiply(const uint8_t* block, const int8_t* codes, const Term* terms, void
   const int64_t parts = k / 32;
   int64_t part = 0;
   while (part < parts) {
+    ask_for(block + AHEAD);
     const Floats scale = load_bf16(reinterpret_cast<const uint16_t*>(block));
     const Floats zero = load_bf16(reinterpret_cast<const uint16_t*>(block) + LANES);
     block += 4 * LANES;
     for (const int64_t end = part + group / 32; part < end; part++) {
-      Ints dots[ROWS];
-      for (int r = 0; r < ROWS; r++) dots[r] = no_ints();
+      // With few rows a second sum keeps one product from waiting for the other. Integers add up alike.
+      Ints dots[ROWS], more[ROWS];
+      Ints* const others = ROWS <= MOST_ROWS / 4 ? more : dots;
+      for (int r = 0; r < ROWS; r++) dots[r] = more[r] = no_ints();
       for (int piece = 0; piece < 4; piece++, block += PIECE) {
-        _mm_prefetch(reinterpret_cast<const char*>(block) + AHEAD, _MM_HINT_T0);
+        ask_for(block + AHEAD);
         const Ints both = load_ints(block), low = bits_and(both, all_ints(0x0f0f0f0f)), high = high_nibbles(both);
         for (int r = 0; r < ROWS; r++) {
-          int32_t four[2];
-          memcpy(four, codes + r * k + part * 32 + piece * 8, 8);
-          dots[r] = add_products(dots[r], low, all_ints(four[0]));
-          dots[r] = add_products(dots[r], high, all_ints(four[1]));
+          const Four* fours = reinterpret_cast<const Four*>(codes + (part * ROWS + r) * 32 + piece * 8);
+          dots[r] = add_products(dots[r], low, all_ints(fours[0]));
+          others[r] = add_products(others[r], high, all_ints(fours[1]));
         }
       }
       for (int r = 0; r < ROWS; r++) {
-        const Term& term = terms[r * parts + part];
+        const Term& term = terms[part * ROWS + r];
+        if (others == more) dots[r] = add_sums(dots[r], more[r]);
         const Floats dot = times_add(to_floats(whole(dots[r])), all(term.scale), all(term.offset));
         sums[r] = times_add(scale, dot, sums[r]);
         sums[r] = times_add(zero, all(term.sum), sums[r]);
@@ -130,12 +135,16 @@ EXPORT void int4_linear(const void* x, int bf16, const uint8_t* packed, void* ou
   Scratch code_memory(rows * k), term_memory(rows * parts * int64_t(sizeof(Term)));
   int8_t* codes = static_cast<int8_t*>(code_memory.data);
   Term* terms = static_cast<Term*>(term_memory.data);
-  for (int64_t part = 0; part < rows * parts; part++) {
-    const Rounded rounded = round_group(x, part * 32, bf16, codes + part * 32);
-    int32_t sum = 0;
-    for (int i = 0; i < 32; i++) sum += codes[part * 32 + i];
-    terms[part] = {rounded.scale, -8.0f * rounded.scale * float(sum), rounded.sum};
-  }
+  // Rows that are multiplied together stand together: a group of 32 of each row, then the next group.
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t part = 0; part < parts; part++) {
+      const int64_t head = row / MOST_ROWS * MOST_ROWS, beside = smaller(rows - head, MOST_ROWS);
+      const int64_t at = head * parts + part * beside + row - head;
+      const Rounded rounded = round_group(x, row * k + part * 32, bf16, codes + at * 32);
+      int32_t sum = 0;
+      for (int i = 0; i < 32; i++) sum += codes[at * 32 + i];
+      terms[at] = {rounded.scale, -8.0f * rounded.scale * float(sum), rounded.sum};
+    }
   over_parts((n + LANES - 1) / LANES, threads, [&](int64_t start, int64_t stop) {
     for (int64_t block = start; block < stop; block++)
       for (int64_t row = 0; row < rows; row += MOST_ROWS) {

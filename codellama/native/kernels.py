@@ -96,6 +96,63 @@ class Kernels:
         self._library.unpack_int4(*arrays, *_sizes(k, group, start, stop), torch.get_num_threads())
         return out
 
+    def int8_linear(self, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        """Multiply a few rows by an 8-bit matrix. Activations are rounded to 8 bits, in groups of 32 with a scale each.
+
+        Args:
+            x: [R, K], K a multiple of 32.
+            codes: int8 [N, K]: w = code * scale.
+            scales: float32 [N].
+
+        Returns:
+            [R, N], in x's dtype.
+        """
+        (rows, k), n = x.shape, codes.shape[0]
+        assert k % 32 == 0
+        assert codes.shape == (n, k)
+        assert scales.shape == (n,)
+        out = x.new_empty(rows, n)
+        weights = _address(codes, torch.int8), _address(scales, torch.float32)
+        sizes = _sizes(rows, n, k)
+        self._library.int8_linear(
+            _address(x), _is_bf16(x.dtype), *weights, _address(out), *sizes, torch.get_num_threads()
+        )
+        return out
+
+    def unpack_int8(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Make an 8-bit matrix, or some of its rows, dense.
+
+        Returns:
+            [N, K], each weight rounded once.
+        """
+        n, k = codes.shape
+        assert k % 32 == 0
+        assert scales.shape == (n,)
+        out = torch.empty(n, k, dtype=dtype)
+        arrays = _address(codes, torch.int8), _address(scales, torch.float32), _address(out), _is_bf16(dtype)
+        self._library.unpack_int8(*arrays, *_sizes(n, k), torch.get_num_threads())
+        return out
+
+    def dense_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply a few rows by a 16-bit matrix: bfloat16 by bfloat16, or float32 by float16; sums are float32.
+
+        Args:
+            x: [R, K], K a multiple of 32.
+            weight: [N, K].
+
+        Returns:
+            [R, N], in x's dtype.
+        """
+        (rows, k), n = x.shape, weight.shape[0]
+        assert k % 32 == 0
+        assert weight.shape == (n, k)
+        bf16 = _is_bf16(x.dtype)
+        kernel = self._library.bf16_linear if bf16 else self._library.fp16_linear
+        out = x.new_empty(rows, n)
+        arrays = _address(x), _address(weight, torch.bfloat16 if bf16 else torch.float16), _address(out)
+        kernel(*arrays, *_sizes(rows, n, k), torch.get_num_threads())
+        return out
+
     def _packed_bytes(self, n: int, k: int, group: int) -> int:
         assert group in (32, 64, 128)
         assert k % group == 0

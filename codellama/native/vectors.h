@@ -20,6 +20,9 @@ extern "C" int omp_get_num_threads(void);
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Have memory brought near before it is needed: across the end of a page, where the CPU does not look by itself.
+static inline void ask_for(const void* place) { _mm_prefetch(static_cast<const char*>(place), _MM_HINT_T0); }
+
 // Call body(start, stop) on every thread, for equal parts of [0, count).
 template <typename Body>
 static void over_parts(int64_t count, int threads, const Body& body) {
@@ -94,6 +97,7 @@ static inline void store_bf16(uint16_t* to, Floats value) {  // nearest, ties to
 }
 // Add to each lane four products of unsigned bytes a (at most 15) and signed bytes b; lanes are whole after `whole`.
 static inline Ints add_products(Ints sum, Ints a, Ints b) { return _mm512_dpbusd_epi32(sum, a, b); }
+static inline Ints add_sums(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 static inline Ints whole(Ints sum) { return sum; }
 #else
 constexpr int LANES = 8;
@@ -155,6 +159,7 @@ static inline void store_bf16(uint16_t* to, Floats value) {  // nearest, ties to
 }
 // The sums are of 16 bits until `whole`: eight times two products of at most 15 · 128 fit.
 static inline Ints add_products(Ints sum, Ints a, Ints b) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); }
+static inline Ints add_sums(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
 static inline Ints whole(Ints sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 #endif
 
@@ -181,6 +186,8 @@ static inline void store_some(void* to, int64_t at, bool bf16, Floats value, int
   const int64_t size = bf16 ? 2 : 4;
   memcpy(static_cast<char*>(to) + at * size, lanes, size_t(count * size));
 }
+
+static inline void store_one(void* to, int64_t at, bool bf16, float value) { store_some(to, at, bf16, all(value), 1); }
 
 // Memory of a call, aligned to a cache line.
 struct Scratch {

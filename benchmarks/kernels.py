@@ -1,0 +1,217 @@
+"""Products of a few or many rows with one matrix: PyTorch's kernels and ours, and the share of the bandwidth they reach.
+
+Each candidate cycles through copies of its matrix that together exceed the caches, so weights come from memory as they
+do in a model. Candidates take turns, and the shortest of their times counts. What unpacks is for many rows.
+
+python -m benchmarks.kernels
+python -m benchmarks.kernels --shape 5632,2048 --rows 1,2,4,8,16,32,128,512 --megabytes 128 --repeats 8
+OMP_NUM_THREADS=1 python -m benchmarks.kernels --shape 11008,4096 --rows 1,8 --megabytes 256 --only int4
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fire
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.machine import bandwidth, report
+from codellama.native.kernels import Kernels, native_kernels
+
+GROUP = 32
+MANY = 32  # rows from which the work is arithmetic, and two copies are enough
+
+Product = Callable[[Tensor], Any]
+
+
+@dataclass
+class Candidate:
+    """A way to multiply: makes a packed copy of a matrix, which is a function of the activations."""
+
+    name: str
+    dtype: torch.dtype  # of the activations
+    bits: float  # that are read for a weight
+    pack: Callable[[], Product]
+
+
+def kernels(
+    shape: Sequence[int] = (256, 512),
+    rows: int | Sequence[int] = (1, 8, 32),
+    megabytes: int = 2,
+    repeats: int = 2,
+    only: str = "",
+) -> None:
+    """Time one product by rows of activations.
+
+    Args:
+        shape: outputs, inputs.
+        megabytes: size of all copies of a matrix together; more than the caches hold.
+        only: a part of the names of the candidates that are wanted.
+    """
+    n, k = shape
+    if k % GROUP:
+        raise ValueError(f"shape is {n},{k}; inputs in multiples of {GROUP} were expected")
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    speed = bandwidth(device)
+    wanted = [candidate for candidate in candidates(n, k) if only in candidate.name]
+    if not wanted:
+        raise ValueError(f"only is {only!r}, a part of no name here")
+    packed = [[c.pack() for _ in range(max(2, int(megabytes * 8e6 / (n * k * c.bits))))] for c in wanted]
+    table = []
+    for count in [rows] if isinstance(rows, int) else rows:
+        best = [float("inf")] * len(wanted)
+        inputs = {dtype: torch.randn(count, k, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
+        for _ in range(repeats + 1):
+            for i, candidate in enumerate(wanted):
+                copies = packed[i][:2] if count >= MANY else packed[i]
+                best[i] = min(best[i], _seconds(copies, inputs[candidate.dtype]))
+        for candidate, seconds in zip(wanted, best, strict=True):
+            rate = n * k * candidate.bits / 8 / seconds
+            table.append(
+                {
+                    "candidate": candidate.name,
+                    "rows": count,
+                    "ms": 1000 * seconds,
+                    "GB_per_s": rate / 1e9,
+                    "of_bandwidth": rate / speed,
+                    "GFLOP_per_s": 2 * count * n * k / seconds / 1e9,
+                }
+            )
+    arguments = {"shape": [n, k], "megabytes": megabytes, "repeats": repeats, "bandwidth_GB_per_s": speed / 1e9}
+    report("kernels", arguments, table)
+
+
+def _seconds(copies: Sequence[Product], x: Tensor) -> float:
+    begin = time.perf_counter()
+    for product in copies:
+        product(x)
+    return (time.perf_counter() - begin) / len(copies)
+
+
+def candidates(n: int, k: int) -> list[Candidate]:
+    """List what can multiply by an [n, k] matrix here."""
+    weight = torch.randn(n, k) / k**0.5
+    native = native_kernels()
+    return [
+        *_dense(weight, native),
+        *_int8(weight, native),
+        *_int4(n, k, native),
+    ]
+
+
+def _dense(weight: Tensor, native: Kernels | None) -> list[Candidate]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+
+    def linear(dtype: torch.dtype) -> Product:
+        copy = weight.to(dtype, copy=True)
+        return lambda x: F.linear(x, copy)
+
+    def without_onednn() -> Product:
+        copy = weight.to(bf16)
+
+        def product(x: Tensor) -> Tensor:
+            with torch.backends.mkldnn.flags(enabled=False):
+                return F.linear(x, copy)
+
+        return product
+
+    def unpacked() -> Product:
+        copy = weight.to(bf16)
+        return lambda x: F.linear(x, copy.float())
+
+    def fbgemm() -> Product:
+        packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+
+    found = [
+        Candidate("bf16 linear", bf16, 16, lambda: linear(bf16)),
+        Candidate("bf16 no oneDNN", bf16, 16, without_onednn),
+        Candidate("bf16 to fp32", fp32, 16, unpacked),
+        Candidate("fp32 linear", fp32, 32, lambda: linear(fp32)),
+    ]
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        found.append(Candidate("fp16 fbgemm", fp32, 16, fbgemm))
+    if native is not None:
+        found.append(Candidate("bf16 ours", bf16, 16, lambda: _dense_ours(native, weight.to(bf16))))
+        found.append(Candidate("fp16 ours", fp32, 16, lambda: _dense_ours(native, weight.half())))
+    return found
+
+
+def _dense_ours(native: Kernels, copy: Tensor) -> Product:
+    return lambda x: native.dense_linear(x, copy)
+
+
+def _int8(weight: Tensor, native: Kernels | None) -> list[Candidate]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    scales = weight.abs().amax(1) / 127
+    codes = (weight / scales[:, None]).round().to(torch.int8)
+
+    def weight_only() -> Product:
+        copy, half = codes.clone(), scales.bfloat16()
+        return lambda x: torch.ops.aten._weight_int8pack_mm(x, copy, half)
+
+    def dynamic(engine: str) -> Product:
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            zeros = torch.zeros(len(codes), dtype=torch.int64)
+            matrix = torch._make_per_channel_quantized_tensor(codes, scales.double(), zeros, 0)
+            packed = torch.ops.quantized.linear_prepack(matrix, None)
+        finally:
+            torch.backends.quantized.engine = before
+        return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
+
+    def ours() -> Product:
+        copy = codes.clone()
+        return lambda x: native.int8_linear(x, copy, scales)  # type: ignore[union-attr]
+
+    def unpacked() -> Product:
+        copy = codes.clone()
+        return lambda x: F.linear(x, native.unpack_int8(copy, scales, x.dtype))  # type: ignore[union-attr]
+
+    found = [Candidate("int8 torch", bf16, 8, weight_only)]
+    for engine in ("fbgemm", "x86"):
+        if engine in torch.backends.quantized.supported_engines:
+            found.append(Candidate(f"int8 dyn. {engine}", fp32, 8, lambda engine=engine: dynamic(engine)))
+    if native is not None:
+        found.append(Candidate("int8 ours", bf16, 8, ours))
+        found.append(Candidate("int8 to bf16", bf16, 8, unpacked))
+        found.append(Candidate("int8 to fp32", fp32, 8, unpacked))
+    return found
+
+
+def _int4(n: int, k: int, native: Kernels | None) -> list[Candidate]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    codes = torch.randint(16, (n, k), dtype=torch.uint8)
+    scales, zeros = torch.rand(2, n, k // GROUP).to(bf16)
+
+    def torchs() -> Product:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        pairs = torch.stack([scales.t(), zeros.t()], dim=2).contiguous()
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, pairs)
+
+    def pack() -> Tensor:
+        return native.pack_int4(codes[:, 0::2] | codes[:, 1::2] << 4, scales, zeros)  # type: ignore[union-attr]
+
+    def ours() -> Product:
+        packed = pack()
+        return lambda x: native.int4_linear(x, packed, n, GROUP)  # type: ignore[union-attr]
+
+    def unpacked() -> Product:
+        packed = pack()
+        return lambda x: F.linear(x, native.unpack_int4(packed, n, k, GROUP, x.dtype))  # type: ignore[union-attr]
+
+    found = [Candidate("int4 torch", bf16, 4 + 32 / GROUP, torchs)]
+    if native is not None:
+        found.append(Candidate("int4 ours", bf16, 4 + 32 / GROUP, ours))
+        found.append(Candidate("int4 to bf16", bf16, 4 + 32 / GROUP, unpacked))
+        found.append(Candidate("int4 to fp32", fp32, 4 + 32 / GROUP, unpacked))
+    return found
+
+
+if __name__ == "__main__":
+    fire.Fire(kernels)
