@@ -1,4 +1,4 @@
-"""Products of a few or many rows with one matrix: PyTorch's kernels and ours, and the share of the bandwidth they reach.
+"""Products of a few or many rows with one matrix: PyTorch's kernels and ours, and their share of the bandwidth.
 
 Each candidate cycles through copies of its matrix that together exceed the caches, so weights come from memory as they
 do in a model. Candidates take turns, and the shortest of their times counts. What unpacks is for many rows.

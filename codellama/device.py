@@ -90,10 +90,11 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 FEW_ROWS: dict[tuple[str, str], int] = {
-    ("int4", "avx512_vnni"): 16,
+    ("bfloat16", "avx512_bf16"): 8,
+    ("int8", "avx2"): 16,
     ("int4", "avx2"): 16,
 }
-"""For a way to hold weights, and the best instruction set of the CPU: rows of activations up to which our own kernel is
+"""For a way to hold weights, and an instruction set of the CPU: rows of activations up to which our own kernel is
 faster than the dense product of the unpacked weight. `python -m benchmarks.kernels` measures it anew."""
 
 

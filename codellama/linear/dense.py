@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from codellama.linear.matrix import Matrix
+from codellama.linear.matrix import KERNEL_GROUP, Matrix, find_kernels
+from codellama.native.kernels import Kernels
+
+LARGE = 2**21
+"""Numbers of a matrix from which on our own kernel is looked for: a model of smaller ones stands in the processor's
+caches, and is not worth the compilation."""
 
 
 class Dense(Matrix):
@@ -23,13 +28,24 @@ class Dense(Matrix):
         weight = torch.empty(out_features, in_features, dtype=compute, device=device)
         self.register_buffer("weight", weight, persistent=False)  # the layers' parameters are what is saved
 
+        self._few = 0
+        self._native: Kernels | None = None
+
     def put_(self, start: int, rows: Tensor, largest: Tensor | None = None) -> None:
         """Store rows, rounded to the dtype of this matrix."""
         self.weight[start : start + len(rows)] = rows
 
+    def finish_(self) -> None:
+        """Find the kernel for few rows, if there is so much to read that it pays."""
+        large = self.weight.numel() >= LARGE and self.in_features % KERNEL_GROUP == 0
+        if large and self.compute == torch.bfloat16:
+            self._few, self._native = find_kernels("bfloat16", self.weight.device)
+
     def multiply(self, x: Tensor) -> Tensor:
         """Map `[R, K]` to `[R, N]`."""
-        return F.linear(x, self.weight)
+        if self._native is None or len(x) > self._few:
+            return F.linear(x, self.weight)
+        return self._native.dense_linear(x.contiguous(), self.weight)
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Show the rows from start to stop, as a view."""

@@ -6,9 +6,8 @@ Shapes: N output features, K input features, R rows of activations, g input feat
 import torch
 from torch import Tensor
 
-from codellama.device import few_rows
-from codellama.linear.matrix import Matrix
-from codellama.native.kernels import Kernels, native_kernels
+from codellama.linear.matrix import Matrix, find_kernels
+from codellama.native.kernels import Kernels
 
 
 class Int4(Matrix):
@@ -51,8 +50,7 @@ class Int4(Matrix):
 
     def finish_(self) -> None:
         """Pack for our own kernel, where it is the fastest here; the codes go."""
-        self._few = few_rows("int4", self.codes.device)
-        self._native = native_kernels() if self._few else None
+        self._few, self._native = find_kernels("int4", self.codes.device)
         if self._native is not None:
             self.packed = self._native.pack_int4(self.codes, self.scales, self.zeros)
             self.codes, self.scales, self.zeros = (self.packed.new_empty(0) for _ in range(3))

@@ -6,7 +6,8 @@ Shapes: N output features, K input features, R rows of activations.
 import torch
 from torch import Tensor
 
-from codellama.linear.matrix import Matrix
+from codellama.linear.matrix import KERNEL_GROUP, Matrix, find_kernels
+from codellama.native.kernels import Kernels
 
 
 class Int8(Matrix):
@@ -20,6 +21,8 @@ class Int8(Matrix):
         super().__init__(out_features, in_features, compute)
         self.register_buffer("codes", torch.empty(out_features, in_features, dtype=torch.int8, device=device), False)
         self.register_buffer("scales", torch.empty(out_features, device=device), False)
+        self._few = 0
+        self._native: Kernels | None = None
 
     def put_(self, start: int, rows: Tensor, largest: Tensor | None = None) -> None:
         """Store rows, rounded to the nearest code."""
@@ -31,13 +34,23 @@ class Int8(Matrix):
         self.codes[start : start + len(codes)] = codes
         self.scales[start : start + len(codes)] = scales
 
+    def finish_(self) -> None:
+        """Find the kernels for few rows; they read the codes as they are."""
+        if self.in_features % KERNEL_GROUP == 0:
+            self._few, self._native = find_kernels("int8", self.codes.device)
+
     def multiply(self, x: Tensor) -> Tensor:
         """Map `[R, K]` to `[R, N]`."""
-        return self.multiply_unpacked(x)
+        if self._native is None or len(x) > self._few:
+            return self.multiply_unpacked(x)
+        return self._native.int8_linear(x.contiguous(), self.codes, self.scales)
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Unpack the rows from start to stop."""
-        return unpack_int8(self.codes[start:stop], self.scales[start:stop], self.compute)
+        codes, scales = self.codes[start:stop], self.scales[start:stop]
+        if self._native is None:
+            return unpack_int8(codes, scales, self.compute)
+        return self._native.unpack_int8(codes, scales, self.compute)
 
 
 def quantize_int8(rows: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from codellama.device import few_rows
 from codellama.memory import UNPACKED_BYTES
+from codellama.native.kernels import Kernels, native_kernels
 
 TILE_BYTES = UNPACKED_BYTES // 6
 """Bound of the unpacked part of a matrix that exists at once; making it in float32 takes five times as much."""
+
+KERNEL_GROUP = 32
+"""Inputs of a matrix come in multiples of this for our own kernels."""
+
+
+def find_kernels(held: str, device: torch.device) -> tuple[int, Kernels | None]:
+    """Say for how many rows of activations our own kernels are to be taken for a way to hold weights, and get them.
+
+    They are compiled here, where nobody has done so before. Without them, the rows are 0.
+    """
+    count = few_rows(held, device)
+    kernels = native_kernels() if count else None
+    return (count if kernels is not None else 0), kernels
 
 
 class Matrix(nn.Module):
