@@ -45,7 +45,7 @@ class Dense(Matrix):
         """Map `[R, K]` to `[R, N]`."""
         if self._native is None or len(x) > self._few:
             return F.linear(x, self.weight)
-        return self._native.dense_linear(x.contiguous(), self.weight)
+        return self._native.bf16_linear(x.contiguous(), self.weight)
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Show the rows from start to stop, as a view."""

@@ -133,24 +133,22 @@ class Kernels:
         self._library.unpack_int8(*arrays, *_sizes(n, k), torch.get_num_threads())
         return out
 
-    def dense_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply a few rows by a 16-bit matrix: bfloat16 by bfloat16, or float32 by float16; sums are float32.
+    def bf16_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply a few rows of bfloat16 by a bfloat16 matrix as it is stored; sums are float32.
 
         Args:
             x: [R, K], K a multiple of 32.
             weight: [N, K].
 
         Returns:
-            [R, N], in x's dtype.
+            [R, N].
         """
         (rows, k), n = x.shape, weight.shape[0]
         assert k % 32 == 0
         assert weight.shape == (n, k)
-        bf16 = _is_bf16(x.dtype)
-        kernel = self._library.bf16_linear if bf16 else self._library.fp16_linear
         out = x.new_empty(rows, n)
-        arrays = _address(x), _address(weight, torch.bfloat16 if bf16 else torch.float16), _address(out)
-        kernel(*arrays, *_sizes(rows, n, k), torch.get_num_threads())
+        arrays = (_address(tensor, torch.bfloat16) for tensor in (x, weight, out))
+        self._library.bf16_linear(*arrays, *_sizes(rows, n, k), torch.get_num_threads())
         return out
 
     def _packed_bytes(self, n: int, k: int, group: int) -> int:

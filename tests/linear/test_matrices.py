@@ -108,6 +108,18 @@ def test_dense_rows_are_views() -> None:
     assert not matrix.weight[10:20].any()
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 9])
+def test_a_kernel_of_our_own_for_bfloat16(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """A row has the same bits whatever rows stand beside it, up to as many as go through our kernel."""
+    monkeypatch.setattr("codellama.linear.dense.LARGE", 0)
+    matrix = filled(Dense(N, K, torch.bfloat16, CPU), weight())
+    x = torch.randn(count, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y = matrix(x)
+    assert error(y, x, matrix.dense()) < 2e-3
+    if 1 < count <= matrix._few:
+        assert torch.equal(torch.cat([matrix(row[None]) for row in x]), y)
+
+
 @pytest.mark.parametrize("name", [None, *KINDS])
 def test_a_row_of_activations_depends_on_itself_alone(name: str | None) -> None:
     """Neighbours may change the kernel, and with it the last bits, but never by what they hold."""
