@@ -23,7 +23,8 @@ from codellama.memory import QUERY_TILE, READ_BYTES
 
 _ALL = slice(None)
 _TURN_TILE = 64  # tokens whose float32 copy exists at once: it stays in the processor's cache
-_FEW = 16  # queries for a key head up to which reading the cache costs more than computing
+_MANY = 4  # queries for a key head from which 16-bit attention is as fast as conversion to float32
+_SLICE_BYTES = 3 * 2**17  # of keys and values that are read in the time that one more call takes
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -97,23 +98,24 @@ class AttentionPlan:
         plain = torch.is_grad_enabled() or torch.compiler.is_compiling()  # which knows little of complex numbers
         self._turns = None if plain else torch.complex(*self.rotary)
         self._cache = cache
-        self._mask: Tensor | None = None
         self._scratch: Tensor | None = None
-        self._width = positions.shape[1]
+        self._groups: list[tuple[slice, int, Tensor | None]] = []
         if cache is None:
             return
         if on_device is None:
-            on_device = self._width == 1 and positions.device.type != "cpu"
+            on_device = positions.shape[1] == 1 and positions.device.type != "cpu"
         if on_device:
-            assert self._width == 1, "longer steps are planned on the host"
-            self._slots = Slots.on_device(positions)
-            columns = torch.arange(cache.keys[0].shape[2], device=positions.device)
-            self._mask = (columns <= positions.clamp(min=0)[:, :, None])[:, None]  # [B, 1, 1, S]
-        else:
-            self._slots = Slots.find(positions)
+            assert positions.shape[1] == 1, "longer steps are planned on the host"
+            self._slots, self._padded = Slots.on_device(positions), False
+            length = cache.keys[0].shape[2]
+            self._groups = [(_ALL, length, _seen(positions, length))]
+            return
+        self._slots = Slots.find(positions)
         spans = self._slots.spans or ()
-        self._whole = self._width > 1 and all(start == 0 for _, start, _ in spans)
+        self._whole = all(start == 0 for _, start, _ in spans)
         self._padded = sum(stop - start for _, start, stop in spans) < positions.numel()  # some of it is nobody's
+        if positions.shape[1] == 1:
+            self._groups = _group(self._slots, positions, cache)
 
     def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Turn `[B, T, heads, D]` by their positions."""
@@ -139,65 +141,81 @@ class AttentionPlan:
         if cache is None:
             return _causal(query, key.transpose(1, 2), value.transpose(1, 2))
         cache.write_(layer, self._slots, key, value)
-        B, T, H, D = query.shape
-        K = key.shape[2]
-        kind = _number_kind(query, cache, T * (H // K))
-        if self._mask is not None:
-            keys, values = cache.read(layer, _ALL, _ALL, _ALL, query.dtype)
-            grouped = query.view(B, K, -1, D)  # the heads that share a key become the rows of its query
-            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask).view(B, 1, H, D)
-        spans = self._slots.spans
-        assert spans is not None, "without a mask the host knows the positions"
+        if query.shape[1] == 1:
+            return self._attend_one(layer, query)
+        kind = _number_kind(query, cache, query.shape[1] * (query.shape[2] // key.shape[2]))
         if self._whole:  # padding is behind all that is real, so no real token sees it
-            keys, values = cache.read(layer, _ALL, _ALL, slice(T), kind)
+            keys, values = cache.read(layer, _ALL, _ALL, slice(query.shape[1]), kind)
             return _causal(query.to(kind), keys, values).type_as(query)
-        if T == 1 and self._slots.together and kind == cache.keys[layer].dtype:
-            keys, values = cache.read(layer, _ALL, _ALL, slice(spans[0][2]), kind)
-            return F.scaled_dot_product_attention(query.view(B, K, -1, D), keys, values).view(B, 1, H, D)
         mixed = torch.zeros_like(query) if self._padded else torch.empty_like(query)
-        for row, start, stop in spans:
+        for row, start, stop in self._slots.spans or ():
             for first in range(0, stop - start, QUERY_TILE):
                 last = min(first + QUERY_TILE, stop - start)
-                self._attend_row(layer, row, start + first, query[row, first:last], mixed[row, first:last])
+                self._attend_chunk(layer, row, start + first, query[row, first:last], mixed[row, first:last], kind)
         return mixed
 
-    def _attend_row(self, layer: int, row: int, start: int, query: Tensor, mixed: Tensor) -> None:
+    def _attend_one(self, layer: int, query: Tensor) -> Tensor:
+        """Mix one token of each row: `[B, 1, H, D]`."""
+        cache = self._cache
+        assert cache is not None, "rows are rows of a cache"
+        B, _, H, D = query.shape
+        K = cache.keys[layer].shape[1]
+        kind = _number_kind(query, cache, H // K) if cache.scales is None else torch.float32
+        converted = kind != cache.keys[layer].dtype
+        grouped = query.view(B, K, H // K, D).to(kind)  # the heads that share a key become the rows of its query
+        if len(self._groups) == 1 and not converted:
+            rows, length, mask = self._groups[0]
+            if grouped[rows].shape[0] == B:
+                keys, values = cache.read(layer, rows, _ALL, slice(length), kind)
+                return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view(query.shape)
+        mixed = torch.zeros_like(grouped) if self._padded else torch.empty_like(grouped)
+        for rows, length, mask in self._groups:
+            size = len(range(*rows.indices(B)))
+            for heads, tiles in _tiles(K, length, size * D, kind, converted):
+                part = grouped[rows, heads]
+                if len(tiles) == 1:
+                    keys, values = self._read(layer, rows, heads, tiles[0], kind)
+                    mixed[rows, heads] = F.scaled_dot_product_attention(part, keys, values, attn_mask=mask)
+                    continue
+                assert mask is None, "what is masked is read at once"
+                sums: tuple[Tensor, Tensor] | None = None
+                for tile in tiles:
+                    found = _partial(part, *self._read(layer, rows, heads, tile, kind), causal=False)
+                    sums = found if sums is None else _merge(sums, found)
+                assert sums is not None, "every token sees at least itself"
+                mixed[rows, heads] = sums[0]
+        return mixed.view(query.shape).type_as(query)
+
+    def _attend_chunk(self, layer: int, row: int, start: int, query: Tensor, mixed: Tensor, kind: torch.dtype) -> None:
         """Mix one row's tokens from position start on: `[t, H, D]`, into a tensor of the same shape."""
         cache = self._cache
         assert cache is not None, "rows are rows of a cache"
         t, D, K = query.shape[0], query.shape[2], cache.keys[layer].shape[1]
         grouped = query.view(t, K, -1, D).permute(1, 2, 0, 3)  # [K, G, t, D]
         G = grouped.shape[1]
-        kind = _number_kind(query, cache, t * G)
         result = mixed.view(t, K, G, D).permute(1, 2, 0, 3)
-        seen = start + 1 if t == 1 else start  # a single token sees itself like all the others
-        for heads, tiles in _tiles(K, seen, D, kind, converted=kind != cache.keys[layer].dtype):
+        rows = slice(row, row + 1)
+        for heads, tiles in _tiles(K, start, D, kind, converted=kind != cache.keys[layer].dtype):
             part = grouped[heads].to(kind)  # [k, G, t, D]
             flat = part.reshape(1, part.shape[0], G * t, D)  # heads that share a key are rows of its query
-            sums: tuple[Tensor, Tensor] | None = None
+            keys, values = self._read(layer, rows, heads, slice(start, start + t), kind)
+            keys, values = (own[0][:, None].expand(-1, G, -1, -1) for own in (keys, values))  # [k, G, t, D]
+            sums = _partial(part, keys, values, causal=True)
             for tile in tiles:
-                keys, values = self._read(layer, row, heads, tile, kind)
-                out, weight = _partial(flat, keys, values, causal=False)
-                found = out.view(part.shape), weight.view(part.shape[:-1])
-                sums = found if sums is None else _merge(sums, found)
-            if t > 1:
-                keys, values = self._read(layer, row, heads, slice(start, start + t), kind)
-                keys, values = (own[0][:, None].expand(-1, G, -1, -1) for own in (keys, values))  # [k, G, t, D]
-                found = _partial(part, keys, values, causal=True)
-                sums = found if sums is None else _merge(sums, found)
-            assert sums is not None, "every token sees at least itself"
+                out, weight = _partial(flat, *self._read(layer, rows, heads, tile, kind), causal=False)
+                sums = _merge(sums, (out.view(part.shape), weight.view(part.shape[:-1])))
             result[heads] = sums[0]
 
-    def _read(self, layer: int, row: int, heads: slice, tile: slice, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A part of one row, `[1, heads, positions, D]`; what is converted goes to one place for all layers."""
+    def _read(self, layer: int, rows: slice, heads: slice, tile: slice, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A part of the cache, `[b, heads, positions, D]`; what is converted goes to one place for all layers."""
         cache = self._cache
         assert cache is not None, "rows are rows of a cache"
         held = cache.keys[layer]
         if held.dtype != kind:
-            size = (heads.stop - heads.start) * (tile.stop - tile.start) * held.shape[3]
+            size = held[rows, heads, tile].numel()
             if self._scratch is None or self._scratch.shape[1] < size or self._scratch.dtype != kind:
                 self._scratch = torch.empty(2, size, dtype=kind, device=held.device)
-        return cache.read(layer, slice(row, row + 1), heads, tile, kind, self._scratch)
+        return cache.read(layer, rows, heads, tile, kind, self._scratch)
 
 
 def _number_kind(query: Tensor, cache: KVCache, queries: int) -> torch.dtype:
@@ -205,7 +223,36 @@ def _number_kind(query: Tensor, cache: KVCache, queries: int) -> torch.dtype:
     if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
         return query.dtype
     computes = query.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return query.dtype if computes and queries > _FEW else torch.float32
+    return query.dtype if computes and queries >= _MANY else torch.float32
+
+
+def _seen(positions: Tensor, length: int) -> Tensor:
+    """What one token of each row sees of so many positions, `[B, 1, 1, length]`; position 0 where it is nobody's."""
+    columns = torch.arange(length, device=positions.device)
+    return (columns <= positions.clamp(min=0)[:, :, None])[:, None]
+
+
+def _group(slots: Slots, positions: Tensor, cache: KVCache) -> list[tuple[slice, int, Tensor | None]]:
+    """Rows that are read together, how far, and what is masked, for one token of each row.
+
+    Rows of one length need no mask. Others are read each to its own end, unless that spares less than the calls cost.
+    """
+    spans = slots.spans
+    assert spans is not None, "the host knows the positions"
+    B, K, _, D = cache.keys[0].shape
+    if not spans:
+        return []
+    length = max(stop for _, _, stop in spans)
+    if slots.together:
+        mask = None
+    else:
+        spared = B * length - sum(stop for _, _, stop in spans)
+        if 2 * spared * K * D * cache.keys[0].itemsize > (len(spans) - 1) * _SLICE_BYTES:
+            return [(slice(row, row + 1), stop, None) for row, _, stop in spans]
+        mask = _seen(positions, length)
+    if 8 * B * length * D > READ_BYTES and cache.keys[0].dtype != torch.float32:
+        return [(slice(row, row + 1), stop, None) for row, _, stop in spans]
+    return [(_ALL, length, mask)]
 
 
 def _tiles(
