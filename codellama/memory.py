@@ -15,8 +15,11 @@ from codellama.quantization import Quantization
 _CGROUP = "/sys/fs/cgroup"
 
 
-MASK_BYTES = 16 * 2**20
-"""Bound of the attention masks that exist at once, whatever the length of the cache."""
+QUERY_TILE = 1024
+"""Tokens of a chunk that attend at once to what comes before it."""
+
+READ_BYTES = 4 * 2**20
+"""Bound of the keys and values that are converted at once, whatever the length of the cache."""
 
 UNPACKED_BYTES = 96 * 2**20
 """Bound of what is unpacked of a quantized matrix at once, with all that it is made of."""
@@ -71,8 +74,9 @@ class Budget:
         """What a step needs beside them: the larger of prefilling a chunk, scoring it, and decoding all rows."""
         args, runtime = self.args, self.runtime
         chunk = min(runtime.chunk_size, runtime.max_seq_len)
-        mask = min(MASK_BYTES, chunk * runtime.max_seq_len * (1 + self.itemsize)) if chunk < runtime.max_seq_len else 0
-        prefill = chunk * self._token_bytes() + mask
+        prefill = chunk * self._token_bytes()
+        if chunk < runtime.max_seq_len:
+            prefill = max(prefill, chunk * self._attention_bytes() + self._merge_bytes(chunk))
         per_logits = logits_bytes(args.vocab_size, self.itemsize)
         score = 2 * chunk * args.dim * self.itemsize + min(LOGITS_BYTES, chunk * per_logits)
         rows = runtime.max_batch_size
@@ -121,19 +125,22 @@ class Budget:
     def _kv_dim(self) -> int:
         return max(1, self.args.kv_heads // self.size) * self.args.head_dim
 
+    def _merge_bytes(self, chunk: int) -> int:
+        """Attention of a chunk to what comes before it: queries, two parts of the result, and their merge."""
+        heads = self.args.dim // self.size
+        return min(chunk, QUERY_TILE) * heads * (3 * self.itemsize + 3 * 4)
+
+    def _attention_bytes(self) -> int:
+        """One token of a chunk while it attends: the stream and its norm, its turns, projections, the result."""
+        heads = self.args.dim // self.size
+        return 12 * self.args.head_dim + 2 * (self.args.dim + heads + self._kv_dim) * self.itemsize
+
     def _token_bytes(self) -> int:
         """Intermediate results for one token of a chunk: the largest of what a block holds at once."""
         dim, item = self.args.dim, self.itemsize
-        heads, hidden = dim // self.size, self.args.hidden_dim // self.size
-        wide = 4 if item < 4 else 0  # a copy in float32
-        residual = 2 * dim * item  # the stream, and its norm
-        norm = dim * (item + 8)
-        projected = (heads + 2 * self._kv_dim) * item
-        rotation = heads * (8 + wide)
-        mixing = 2 * heads * item
-        feed_forward = 3 * hidden * item
-        angles = 12 * self.args.head_dim
-        return angles + residual + max(norm, projected + max(rotation, mixing), feed_forward)
+        hidden = self.args.hidden_dim // self.size
+        stream = 12 * self.args.head_dim + 2 * dim * item  # with the turns, and the norm
+        return max(stream + dim * (item + 8), self._attention_bytes(), stream + 3 * hidden * item)
 
 
 def plan_budget(
@@ -156,11 +163,6 @@ def logits_bytes(vocab_size: int, itemsize: int) -> int:
 def logits_tile(vocab_size: int, itemsize: int) -> int:
     """Positions whose logits exist at once; the same on every rank."""
     return max(1, LOGITS_BYTES // logits_bytes(vocab_size, itemsize))
-
-
-def query_tile(rows: int, length: int, itemsize: int) -> int:
-    """Queries that attend at once to a cache of this length: for each pair one truth value and one number."""
-    return max(1, MASK_BYTES // (rows * length * (1 + itemsize)))
 
 
 def free_host_memory() -> int | None:

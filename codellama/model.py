@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from codellama.attention import AttentionPlan
 from codellama.cache import KVCache
 from codellama.config import ModelArgs
 from codellama.layers import ColumnParallelLinear, Held, ParallelEmbedding, RowParallelLinear, multiply_all
-from codellama.memory import query_tile
 from codellama.parallel import Parallel
 
 
@@ -34,84 +34,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis; cast back before the scale, as the weights were trained."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.type_as(x) * self.weight
-
-
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position · theta^(-2i/D) for each pair i of a head.
-
-    Computed in float64: in float32 an angle near 100,000 is off by up to 0.004.
-
-    Args:
-        positions: `[B, T]`.
-        head_dim: D.
-        theta: base of the frequencies.
-
-    Returns:
-        Two float32 tensors `[B, T, 1, D/2]`.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    angles = positions[:, :, None, None].double() * theta**-exponents
-    return angles.cos().float(), angles.sin().float()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the adjacent pairs (x0, x1), (x2, x3), … of every head by their angle.
-
-    Args:
-        x: `[B, T, heads, D]`.
-        cos: `[B, T, 1, D/2]`, and sin alike.
-    """
-    even, odd = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)  # [B, T, heads, D/2] each
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
-    """Causal attention: a token at position p sees the cache positions 0 … p.
-
-    Neither keys nor values are repeated for grouped heads. Positions must rise by one along a row, so S = T can only
-    mean that they are 0 … T-1.
-
-    Args:
-        query: `[B, T, H, D]`.
-        key: `[B, K, S, D]`, and value alike.
-        positions: `[B, T]`, each below S.
-
-    Returns:
-        `[B, T, H, D]`.
-    """
-    B, T, H, D = query.shape
-    K, S = key.shape[1:3]
-    G = H // K
-    if S == T:
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key, value, is_causal=True, enable_gqa=G > 1
-        )  # [B, H, T, D]
-        return mixed.transpose(1, 2)
-    columns = torch.arange(S, device=positions.device)
-    if T == 1:  # the heads that share a key become the rows of its query
-        mask = (columns <= positions[:, :, None])[:, None]  # [B, 1, 1, S]
-        return F.scaled_dot_product_attention(query.view(B, K, G, D), key, value, attn_mask=mask).view(B, 1, H, D)
-    # One mask for all heads: keys are laid out per group by a view, and the mask broadcasts.
-    key = key.flatten(0, 1)[:, None].expand(-1, G, -1, -1)  # [B·K, G, S, D]
-    value = value.flatten(0, 1)[:, None].expand(-1, G, -1, -1)
-    mixed = torch.empty_like(query)
-    copies = K if B > 1 else 1  # one mask serves all heads of one row; heads of several rows need a copy each
-    step = query_tile(B * copies, S, query.element_size())
-    for start in range(0, T, step):
-        tile = query[:, start : start + step]  # [B, t, H, D]
-        hidden = columns > positions[:, start : start + step, None]  # [B, t, S]
-        mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]  # [B, 1, t, S]
-        if copies > 1:
-            mask = mask.repeat_interleave(copies, dim=0)  # [B·K, 1, t, S]
-        grouped = tile.view(B, -1, K, G, D).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B·K, G, t, D]
-        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
-        del hidden, mask  # before the next ones
-        mixed[:, start : start + step] = out.view(B, K, G, -1, D).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return mixed
+        return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
 class Attention(nn.Module):
@@ -130,22 +53,21 @@ class Attention(nn.Module):
         self.wo = RowParallelLinear(args.dim, args.dim, parallel)
         self.joint = (self.wq, self.wk, self.wv)  # read in one product, once they share a matrix
 
-    def forward(
-        self, x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor], layer: int, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, plan: AttentionPlan, layer: int) -> Tensor:
         """Mix `[B, T, dim]` over the positions that each token sees; with a cache, write the new ones first."""
         B, T, _ = x.shape
         query, key, value = multiply_all(x, self.joint)
         query = query.view(B, T, self.n_local_heads, self.head_dim)
         key = key.view(B, T, self.n_local_kv_heads, self.head_dim)
         value = value.view(B, T, self.n_local_kv_heads, self.head_dim)
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if cache is None:
-            keys, values = key.transpose(1, 2), value.transpose(1, 2)
-        else:
-            keys, values = cache.update_(layer, positions, key, value)
-        mixed: Tensor = self.wo(attend(query, keys, values, positions).flatten(2))
+        query, key = plan.rotate(query, key)
+        mixed: Tensor = self.wo(plan.attend(layer, query, key, value).flatten(2))
         return mixed
+
+
+def gate(x: Tensor, y: Tensor) -> Tensor:
+    """silu(x) · y; with one new tensor where no gradient needs two, since new memory costs more than the product."""
+    return F.silu(x) * y if torch.is_grad_enabled() else F.silu(x).mul_(y)
 
 
 class FeedForward(nn.Module):
@@ -161,8 +83,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, T, dim]` to `[B, T, dim]`."""
-        gate, up = multiply_all(x, self.joint)
-        y: Tensor = self.w2(F.silu(gate) * up)
+        opened, up = multiply_all(x, self.joint)
+        y: Tensor = self.w2(gate(opened, up))
         return y
 
 
@@ -177,11 +99,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor], layer: int, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, plan: AttentionPlan, layer: int) -> Tensor:
         """Map `[B, T, dim]` to `[B, T, dim]`."""
-        x = x + self.attention(self.attention_norm(x), positions, rotary, layer, cache)
+        x = x + self.attention(self.attention_norm(x), plan, layer)
         x = x + self.feed_forward(self.ffn_norm(x))
         return x
 
@@ -226,16 +146,17 @@ class Transformer(nn.Module):
 
         Args:
             tokens: ids `[B, T]`.
-            positions: `[B, T]`, rising by one along each row; from 0 where there is no cache.
+            positions: `[B, T]`, rising by one along each row, from 0 where there is no cache. With a cache -1 may
+                follow: nothing is written for such a token, and its result is nobody's.
             cache: the view to write to and attend over, `B` rows and longer than the largest position.
 
         Returns:
             `[B, T, dim]` in the norms' dtype, the same on every rank.
         """
         hidden: Tensor = self.tok_embeddings(tokens).to(self.norm.weight.dtype)
-        rotary = rotary_angles(positions, self.args.head_dim, self.args.rope_theta)
+        plan = AttentionPlan(positions, self.args, cache)
         for layer, block in enumerate(self.layers):
-            hidden = block(hidden, positions, rotary, layer, cache)
+            hidden = block(hidden, plan, layer)
         hidden = self.norm(hidden)
         return hidden
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from codellama.cache import KVCache
+from codellama.cache import KVCache, Slots
 from codellama.model import Transformer
 from tests.support import tiny
 from tests.support.oracle import oracle_logits
@@ -79,7 +79,7 @@ def test_views_share_memory_and_writes_stay_in_their_place() -> None:
     cache = new_cache(rows=4, max_seq_len=16)
     key = torch.randn(2, 3, tiny.ARGS.kv_heads, tiny.ARGS.head_dim)
     positions = torch.tensor([[2, 3, 4], [9, 10, 11]])
-    cache.rows(1, 3).first(12).update_(1, positions, key, -key)
+    cache.rows(1, 3).first(12).write_(1, Slots.find(positions), key, -key)
     for row in range(2):
         for step in range(3):
             place = cache.keys[1][row + 1, :, int(positions[row, step])]
@@ -108,13 +108,37 @@ def test_a_copied_row_goes_on_as_its_source(model: Transformer) -> None:
     assert torch.equal(model(tokens, positions, view.rows(4, 5)), model(tokens, positions, view.rows(1, 2)))
 
 
-def test_a_row_that_does_not_write_keeps_what_it_holds() -> None:
-    cache = new_cache(rows=4, max_seq_len=16)
-    key = torch.randn(3, 1, tiny.ARGS.kv_heads, tiny.ARGS.head_dim)
-    view = cache.rows(1, 4).first(12).writing(torch.tensor([0, 2]))
-    keys, values = view.update_(1, torch.tensor([[2], [0], [11]]), key, -key)
-    assert keys.shape == values.shape == (3, tiny.ARGS.kv_heads, 12, tiny.ARGS.head_dim)
-    assert torch.equal(cache.keys[1][1, :, 2], key[0, 0])
-    assert torch.equal(cache.values[1][3, :, 11], -key[2, 0])
-    written = sum(int(tensor.count_nonzero()) for tensor in (*cache.keys, *cache.values))
-    assert written == 2 * 2 * key[0].numel()
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [[4, 5, 6], [4, 5, 6], [4, 5, 6]],
+        [[4, 5, 6], [9, -1, -1], [-1, -1, -1]],
+        [[4, 5, -1], [4, 5, -1], [4, 5, -1]],
+        [[4], [4], [4]],
+        [[4], [-1], [11]],
+        [[-1], [-1], [3]],
+    ],
+)
+def test_tokens_are_written_at_their_positions_and_nowhere_else(positions: list[list[int]]) -> None:
+    check_written(positions, Slots.find(torch.tensor(positions)))
+
+
+@pytest.mark.parametrize("positions", [[[4], [4], [4]], [[4], [-1], [11]], [[-1], [-1], [3]]])
+def test_the_device_writes_the_same(positions: list[list[int]]) -> None:
+    check_written(positions, Slots.on_device(torch.tensor(positions)))
+
+
+def check_written(positions: list[list[int]], slots: Slots) -> None:
+    width = len(positions[0])
+    cache = new_cache(rows=5, max_seq_len=16)
+    expected = torch.randn(cache.keys[1].shape, generator=torch.Generator().manual_seed(1))
+    cache.keys[1].copy_(expected)
+    key = torch.randn(3, width, tiny.ARGS.kv_heads, tiny.ARGS.head_dim)
+    cache.rows(1, 4).first(12).write_(1, slots, key, -key)
+    for row, line in enumerate(positions):
+        for step, position in enumerate(line):
+            if position >= 0:
+                expected[row + 1, :, position] = key[row, step]
+    assert torch.equal(cache.keys[1], expected)
+    written = sum(position >= 0 for line in positions for position in line)
+    assert int(cache.values[1].count_nonzero()) == written * key[0, 0].numel()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from codellama.config import ModelArgs
-from codellama.model import attend, rotary_angles, rotate
+from codellama.model import RMSNorm
 from tests.support import tiny
 from tests.support.oracle import oracle_logits
 from tests.support.peers import transformers_model
@@ -51,37 +51,38 @@ def test_logits_equal_transformers(args: ModelArgs) -> None:
     assert difference < 1e-4
 
 
-def test_rotation_is_exact_far_out() -> None:
-    position, head_dim, theta = 100_000, 8, 1e6
-    cos, sin = rotary_angles(torch.tensor([[position]]), head_dim, theta)
-    x = torch.arange(1.0, head_dim + 1).view(1, 1, 1, head_dim)
-    turned = rotate(x, cos, sin).flatten().tolist()
-    for pair in range(head_dim // 2):
-        angle = torch.tensor(position * theta ** (-2 * pair / head_dim), dtype=torch.float64)
-        a, b = 2 * pair + 1, 2 * pair + 2
-        assert turned[2 * pair] == pytest.approx(float(a * angle.cos() - b * angle.sin()), abs=1e-6)
-        assert turned[2 * pair + 1] == pytest.approx(float(a * angle.sin() + b * angle.cos()), abs=1e-6)
+@pytest.mark.parametrize("args", CONFIGS[:2])
+def test_gradients_equal_the_oracle(args: ModelArgs) -> None:
+    """The demo checkpoint was trained with this forward."""
+    weights = tiny.random_weights(args)
+    ids = random_ids(args, 12)
+    model = tiny.whole_model(args, weights).requires_grad_()
+    logits = model.logits(model(torch.tensor([ids]), torch.arange(len(ids))[None]))[0]
+    logits.square().mean().backward()
+    wide = {name: tensor.double().requires_grad_() for name, tensor in weights.items()}
+    oracle_logits(args, wide, ids).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        expected = wide[name].grad
+        assert expected is not None, name
+        assert (parameter.grad - expected).abs().max() < 1e-4 * expected.abs().max(), name
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("rows", [1, 2])
-def test_attention_with_a_cache_equals_the_definition(
-    rows: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several tiles of queries, and a last one that is shorter."""
-    generator = torch.Generator().manual_seed(3)
-    new, heads, head_dim, length = 109, 6, 4, 140
-    monkeypatch.setattr("codellama.memory.MASK_BYTES", rows * length * 5 * 50)
-    query = torch.randn(rows, new, heads, head_dim, generator=generator)
-    key = torch.randn(rows, kv_heads, length, head_dim, generator=generator)
-    value = torch.randn(rows, kv_heads, length, head_dim, generator=generator)
-    positions = torch.stack([torch.arange(new) + 31, torch.arange(new) + 7])[:rows]
-    mixed = attend(query, key, value, positions)
-    wide_key = key.repeat_interleave(heads // kv_heads, dim=1).double()
-    wide_value = value.repeat_interleave(heads // kv_heads, dim=1).double()
-    scores = torch.einsum("bthd,bhsd->bhts", query.double(), wide_key) / head_dim**0.5
-    hidden = torch.arange(length) > positions[:, None, :, None]
-    expected = torch.einsum(
-        "bhts,bhsd->bthd", torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1), wide_value
-    )
-    assert (mixed - expected).abs().max() < 1e-5
+def test_inference_has_the_bits_of_a_forward_for_gradients() -> None:
+    args = CONFIGS[2]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny.whole_model(args, tiny.random_weights(args, dtype=dtype))
+        tokens, positions = torch.tensor([random_ids(args, 80)]), torch.arange(80)[None]
+        with torch.inference_mode():
+            fast = model(tokens, positions)
+        assert torch.equal(fast, model(tokens, positions))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_rounds_as_the_weights_were_trained(dtype: torch.dtype) -> None:
+    norm = RMSNorm(2048, 1e-5)
+    generator = torch.Generator().manual_seed(2)
+    norm.weight = torch.nn.Parameter((1 + 0.1 * torch.randn(2048, generator=generator)).to(dtype))
+    x = (3 * torch.randn(70, 2048, generator=generator)).to(dtype)
+    wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+    assert torch.equal(norm(x), wide.to(dtype) * norm.weight)

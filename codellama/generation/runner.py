@@ -35,11 +35,9 @@ class Runner:
         tokens = torch.tensor(batch.tokens, device=self._device)
         first = torch.tensor(batch.positions, device=self._device)
         view = self.cache.rows(batch.start, batch.start + rows).first(batch.length)
-        if min(batch.positions) < 0:  # rows that run along: they read position 0 and write nothing
-            writing = [row for row, position in enumerate(batch.positions) if position >= 0]
-            view = view.writing(torch.tensor(writing, device=self._device))
-            first = first.clamp(min=0)
         positions = first[:, None] + torch.arange(width, device=self._device)  # [B, T]
+        if min(batch.positions) < 0:  # rows that run along
+            positions.masked_fill_(first[:, None] < 0, -1)
         hidden = self.model(tokens, positions, view)[:, batch.logits_from :]
         tile = max(1, logits_tile(self.model.args.vocab_size, hidden.element_size()) // rows)
         for piece in hidden.split(tile, dim=1):
