@@ -15,7 +15,7 @@ from codellama.cache import KVCache
 from codellama.errors import NumericalError, RankError
 from codellama.generation.request import Completion, Delta, Request
 from codellama.generation.runner import Runner
-from codellama.generation.sampling import sample, score
+from codellama.generation.sampling import adjust, draw_batch, fetch, score
 from codellama.generation.scheduler import Batch, Scheduler
 from codellama.parallel import Parallel
 
@@ -86,7 +86,6 @@ class Engine:
         offset, pieces = batch.logits_from, self._forward(batch)
         try:
             for logits in pieces:
-                self._check_finite(logits)
                 self._take(batch, offset, logits)
                 offset += logits.shape[1]
         finally:
@@ -213,7 +212,8 @@ class Engine:
 
     def _take(self, batch: Batch, offset: int, logits: Tensor) -> None:
         """Give each request of the batch its scores and its next token."""
-        drawn: list[tuple[Request, Tensor, Tensor]] = []
+        finite = torch.isfinite(logits).all()
+        asking: list[tuple[int, Request]] = []
         for row, request in enumerate(batch.requests):
             if request is None or request.finish_reason is not None:
                 continue
@@ -221,30 +221,54 @@ class Engine:
             following = batch.positions[row] + offset + 1
             known = request.prompt[following : following + logits.shape[1]]
             if request.scores_prompt and known:
+                self._check_finite(finite, logits)
                 request.scores += score(logits[row, : len(known)], known, request.params.top_logprobs)
             if following + logits.shape[1] - 1 == request.n_tokens and request.n_max > 0:
-                last = logits[row, -1]
-                try:
-                    uniform, allowed = request.rng.random(), request.allowed()
-                    token = sample(last, request.params, uniform, request.history(), request.counts, allowed)
-                except StopIteration as error:  # which would look like the end of a stream
-                    request.fail(RuntimeError(f"logits_processor raised {error!r}"))
-                except Exception as error:  # of its logits_processor or its grammar
-                    request.fail(error)
-                else:
-                    drawn.append((request, last, token))
-        if not drawn:
+                asking.append((row, request))
+        if not asking:
+            self._check_finite(finite, logits)
             return
-        tokens = torch.stack([token for _, _, token in drawn]).tolist()  # one wait for all rows
-        for (request, last, _), token in zip(drawn, tokens, strict=True):
-            params = request.params
-            request.append(token, score(last[None], [token], params.top_logprobs)[0] if params.logprobs else None)
+        if any(request.params.logits_processor is not None for _, request in asking):
+            self._check_finite(finite, logits)  # a user's function sees numbers
+        last = logits[:, -1]
+        adjusted = {row: self._adjust(request, last[row]) for row, request in asking}
+        asking = [(row, request) for row, request in asking if request.finish_reason is None]
+        if not asking:
+            return
+        rows, params = [row for row, _ in asking], [request.params for _, request in asking]
+        if len(rows) < len(last):
+            last = last[rows]
+        changed = [(place, new) for place, row in enumerate(rows) if (new := adjusted[row]) is not None]
+        given = last
+        if changed:
+            given = last.index_copy(
+                0,
+                torch.tensor([place for place, _ in changed], device=last.device),
+                torch.stack([new for _, new in changed]),
+            )
+        tokens = draw_batch(given, params, [request.rng.random() for _, request in asking])
+        drawn = fetch(finite, last, tokens, params)  # one wait for all rows
+        if not drawn.finite:
+            self._check_finite(finite, logits)
+        for (_, request), token, found in zip(asking, drawn.tokens, drawn.scores, strict=True):
+            request.append(token, found)
 
-    def _check_finite(self, logits: Tensor) -> None:
+    def _adjust(self, request: Request, logits: Tensor) -> Tensor | None:
+        """Change a request's logits as it asks for; it ends by itself where that fails."""
+        try:
+            allowed = request.allowed()
+            return adjust(logits, request.params, request.history(), request.seen, request.counts, allowed)
+        except StopIteration as error:  # which would look like the end of a stream
+            request.fail(RuntimeError(f"logits_processor raised {error!r}"))
+        except Exception as error:  # of its logits_processor or its grammar
+            request.fail(error)
+        return None
+
+    def _check_finite(self, all_finite: Tensor, logits: Tensor) -> None:
         """Refuse NaN and infinity, and name the ranks whose share of the vocabulary holds them."""
-        finite = torch.isfinite(logits)
-        if finite.all():
+        if all_finite:
             return
+        finite = torch.isfinite(logits)
         share = logits.shape[-1] // self._parallel.size
         bad = ~finite.all(dim=0).all(dim=0).view(self._parallel.size, share).all(dim=1)
         first = self._parallel.replica * self._parallel.size

@@ -195,6 +195,7 @@ class Request:
     Attributes:
         matcher: where it stands in its grammar, if it has one.
         counts: how often each id was generated; kept where a penalty asks for it.
+        seen: the ids of prompt and output; kept where the repetition penalty asks for them.
         row: of the cache, once it has been given one.
         n_cached: tokens whose keys and values are there.
         n_reused: how many of them other requests had computed, in this row or in one that they were copied from.
@@ -215,6 +216,7 @@ class Request:
     matcher: Matcher | None = None
 
     counts: dict[int, int] = field(default_factory=dict, init=False)
+    seen: set[int] = field(default_factory=set, init=False)
     row: int | None = field(default=None, init=False)
     n_cached: int = field(default=0, init=False)
     n_reused: int = field(default=0, init=False)
@@ -233,6 +235,8 @@ class Request:
         room = self.max_seq_len - len(self.prompt)
         self.n_max = room if self.params.max_gen_len is None else min(room, self.params.max_gen_len)
         self.rng = random.Random(str(self.seed))  # as a number, -1 would be 1
+        if self.params.repetition_penalty != 1:
+            self.seen.update(self.prompt)
         if self.scores_prompt:
             self.scores.append(TokenScore(0.0))
 
@@ -252,9 +256,8 @@ class Request:
         return self.n_cached < len(self.prompt)
 
     def history(self) -> list[int]:
-        """Prompt and output, for those parameters that look back; else nothing, since a prompt may be long."""
-        looks_back = self.params.logits_processor is not None or self.params.repetition_penalty != 1
-        return [*self.prompt, *self.output] if looks_back else []
+        """Prompt and output, for a logits_processor; else nothing, since a prompt may be long."""
+        return [*self.prompt, *self.output] if self.params.logits_processor is not None else []
 
     def allowed(self) -> bytearray | None:
         """One byte for each id, 0 where its grammar forbids it; None without a grammar.
@@ -278,6 +281,8 @@ class Request:
         self.output.append(token)
         if self.params.presence_penalty or self.params.frequency_penalty:
             self.counts[token] = self.counts.get(token, 0) + 1
+        if self.params.repetition_penalty != 1:
+            self.seen.add(token)
         if self.matcher is not None:
             self.matcher.advance(token)
         if score is not None:
@@ -317,11 +322,11 @@ class Request:
         certain = len(self.output)
         if self.text and self.finish_reason is None:
             certain = self.text.n_tokens
-        whole = self._returned()
-        returned = whole[: len(whole) - len(self.output) + certain]
-        tokens = returned[self._n_handed :]
-        scores = self.scores[self._n_handed : len(returned)] if self.params.logprobs else []
-        self._n_handed = len(returned)
+        # What is returned is a part of the prompt and the output behind it; only what is new of it is copied.
+        begin, front = self._n_handed, self._n_echoed()
+        self._n_handed = max(begin, front + certain)
+        tokens = [*self.prompt[begin:front], *self.output[max(0, begin - front) : max(0, self._n_handed - front)]]
+        scores = self.scores[begin : self._n_handed] if self.params.logprobs else []
         if self.on_delta is None:
             return
         try:
@@ -335,10 +340,13 @@ class Request:
             self.fail(error)
 
     def _returned(self) -> list[int]:
+        return [*self.prompt[: self._n_echoed()], *self.output]
+
+    def _n_echoed(self) -> int:
+        """Tokens of the prompt that are returned: with scores, as far as it was scored."""
         if not self.params.echo:
-            return self.output
-        scored = len(self.scores) if self.scores_prompt else len(self.prompt)
-        return [*self.prompt[:scored], *self.output]  # a prompt that was not scored through is returned so far
+            return 0
+        return min(len(self.prompt), len(self.scores)) if self.scores_prompt else len(self.prompt)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> list[int]:

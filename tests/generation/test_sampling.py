@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from codellama.config import SamplingParams
-from codellama.generation.sampling import penalize, penalize_generated, sample, score
+from codellama.generation.sampling import adjust, draw_batch, fetch, penalize, penalize_generated, sample, score
 
 DRAWS = 20_000
 ALMOST_1 = 0.9999999999999999  # the largest number below 1
@@ -325,3 +325,50 @@ def test_top_lists(top: int, length: int) -> None:
 
 def test_scores_do_not_overflow() -> None:
     assert score(torch.tensor([[1e4, 0.0]]), [1], 0)[0].logprob == pytest.approx(-1e4)
+
+
+def wishes(rng: random.Random) -> SamplingParams:
+    """Any mix of parameters that are drawn together."""
+    return SamplingParams(
+        temperature=rng.choice([0.0, 0.2, 1.0, 3.0]),
+        top_p=rng.choice([1.0, 1.0, 0.95, 0.3, 0.0]),
+        top_k=rng.choice([None, None, 1, 5, 300]),
+        min_p=rng.choice([0.0, 0.0, 0.05]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+        presence_penalty=rng.choice([0.0, 0.5]),
+        logit_bias=rng.choice([(), ((3, 4.0), (7, -100.0))]),
+        logprobs=rng.random() < 0.5,
+        top_logprobs=rng.choice([0, 2, 5]),
+    )
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.0, 9.0])  # the first needs more than the candidates for top_p
+def test_rows_that_are_drawn_together_are_those_drawn_alone(spread: float) -> None:
+    """Bit by bit: 40 batches of 1 to 9 rows of 700 logits, each row with parameters of its own."""
+    rng = random.Random(4)
+    for seed in range(40):
+        count = rng.randint(1, 9)
+        logits = random_logits(count * 700, seed, spread).view(count, 700)
+        params = [wishes(rng) for _ in range(count)]
+        uniforms = [rng.random() for _ in range(count)]
+        ids = [[rng.randrange(700) for _ in range(20)] for _ in range(count)]
+        counts = [Counter(row[10:]) for row in ids]
+        alone = [sample(*row) for row in zip(logits, params, uniforms, ids, counts, strict=True)]
+        changed = [
+            adjust(row, wish, seq, set(seq), n) for row, wish, seq, n in zip(logits, params, ids, counts, strict=True)
+        ]
+        given = torch.stack([row if new is None else new for row, new in zip(logits, changed, strict=True)])
+        together = draw_batch(given, params, uniforms)
+        assert together.tolist() == [int(token) for token in alone]
+        drawn = fetch(torch.tensor(True), logits, together, params)
+        assert drawn.tokens == together.tolist()
+        for row, found in enumerate(drawn.scores):
+            own = score(logits[row : row + 1], [drawn.tokens[row]], params[row].top_logprobs)[0]
+            assert found == (own if params[row].logprobs else None)
+
+
+def test_what_is_not_finite_is_told_with_the_tokens() -> None:
+    logits = random_logits(14, seed=0).view(2, 7)
+    params = [SamplingParams(), SamplingParams(logprobs=True)]
+    assert fetch(torch.tensor(True), logits, logits.argmax(-1), params).finite
+    assert not fetch(torch.tensor(False), logits, logits.argmax(-1), params).finite
