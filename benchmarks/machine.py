@@ -4,10 +4,11 @@ import inspect
 import json
 import platform
 import re
+import struct
 import subprocess
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codellama.assembly import DEMO
 from codellama.checkpoint import load_model, tensor_shapes
 from codellama.config import ModelArgs
 from codellama.model import Transformer
 from codellama.parallel import Parallel
+from codellama.tokenizer import Tokenizer
 
 SHAPES = {
     "tiny": {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 8192},
@@ -54,6 +57,16 @@ class RandomCheckpoint:
         return tensor if dim is None else tensor.narrow(dim, start, (stop or shape[dim]) - start).clone()
 
 
+def tokenizer_bytes(vocab_size: int) -> bytes:
+    """The demo's tokenizer, with further pieces up to this size."""
+    content = (DEMO / "tokenizer.model").read_bytes()
+    for id in range(Tokenizer(DEMO / "tokenizer.model").n_words, vocab_size):
+        text = f"<{id}>".encode()
+        piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -1e6)  # the text, and its score
+        content += b"\x0a" + bytes([len(piece)]) + piece  # one more piece, at the end of the list
+    return content
+
+
 def shape_args(shape: str) -> ModelArgs:
     """Look a shape up.
 
@@ -77,9 +90,14 @@ def load(checkpoint: Any, dtype: torch.dtype, device: torch.device, quantize: st
         ValueError: quantize is given, and the loader cannot quantize.
     """
     options = {} if quantize is None else {"quantize": quantize}
-    if not options.keys() <= inspect.signature(load_model).parameters.keys():
+    if options and not can_quantize():
         raise ValueError(f"quantize is {quantize!r}, and the loader of this version does not quantize")
     return load_model(checkpoint, Parallel(), device, dtype, **options)
+
+
+def can_quantize() -> bool:
+    """Say whether the loader knows how."""
+    return "quantize" in inspect.signature(load_model).parameters
 
 
 def n_weights(args: ModelArgs) -> int:
@@ -172,6 +190,20 @@ def cpu_features() -> list[str]:
     width = next((name for name in ("avx512_f", "avx2", "sve", "neon") if found.get(name)), platform.machine())
     wanted = {"avx512_bf16": "bf16", "bf16": "bf16", "avx512_vnni": "vnni", "avx_vnni": "vnni", "amx_bf16": "amx"}
     return [width.removesuffix("_f"), *dict.fromkeys(short for name, short in wanted.items() if found.get(name))]
+
+
+def chosen_words(flag: str, words: str | Sequence[str] | None, known: Iterable[str]) -> list[str]:
+    """Words of a flag, separated by commas, each of which must be known; None is all of them.
+
+    Raises:
+        ValueError: one is not.
+    """
+    known = list(known)
+    wanted = known if words is None else words.split(",") if isinstance(words, str) else list(words)
+    for word in wanted:
+        if word not in known:
+            raise ValueError(f"{flag} has {word!r}; {', '.join(known)} were expected")
+    return wanted
 
 
 def report(

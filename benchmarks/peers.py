@@ -26,8 +26,16 @@ import fire
 import torch
 from torch import Tensor
 
-from benchmarks.machine import RandomCheckpoint, bandwidth, flops, n_weights, report, shape_args
-from benchmarks.serving import tokenizer_bytes
+from benchmarks.machine import (
+    RandomCheckpoint,
+    bandwidth,
+    chosen_words,
+    flops,
+    n_weights,
+    report,
+    shape_args,
+    tokenizer_bytes,
+)
 from codellama.checkpoint import open_checkpoint, tensor_shapes, write_huggingface
 from codellama.config import ModelArgs
 from codellama.device import choose_device, choose_dtype, free_memory
@@ -219,11 +227,7 @@ def choose(names: str | Sequence[str] | None, device: torch.device) -> list[Vari
     known = {variant.name: variant for variant in VARIANTS}
     if names is None:
         return [v for v in VARIANTS if device.type == "cpu" or v.module != "of_llama_cpp"]
-    wanted = [names] if isinstance(names, str) else list(names)
-    for name in wanted:
-        if name not in known:
-            raise ValueError(f"engines has {name!r}; {', '.join(known)} were expected")
-    return [known[name] for name in wanted]
+    return [known[name] for name in chosen_words("engines", names, known)]
 
 
 def write(path: Path, args: ModelArgs, needs_gguf: bool) -> dict[str, Any]:

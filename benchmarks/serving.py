@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import random
-import struct
 import subprocess
 import sys
 import tempfile
@@ -25,8 +24,7 @@ import fire
 import httpx2
 import torch
 
-from benchmarks.machine import RandomCheckpoint, report, shape_args
-from codellama.assembly import DEMO
+from benchmarks.machine import RandomCheckpoint, report, shape_args, tokenizer_bytes
 from codellama.checkpoint import write_meta
 from codellama.device import choose_device, choose_dtype
 from codellama.tokenizer import Tokenizer
@@ -164,16 +162,6 @@ def write_random(folder: Path, shape: str, dtype: torch.dtype) -> None:
     weights = RandomCheckpoint(args, dtype, torch.device("cpu"))
     tensors = ((name, weights.read(name).mul_(PEAKED if name == "output.weight" else 1)) for name in weights.names())
     write_meta(folder, args, ((name, [tensor]) for name, tensor in tensors), 1, tokenizer_bytes(args.vocab_size))
-
-
-def tokenizer_bytes(vocab_size: int) -> bytes:
-    """The demo's tokenizer, with further pieces up to this size."""
-    content = (DEMO / "tokenizer.model").read_bytes()
-    for id in range(Tokenizer(DEMO / "tokenizer.model").n_words, vocab_size):
-        text = f"<{id}>".encode()
-        piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -1e6)  # the text, and its score
-        content += b"\x0a" + bytes([len(piece)]) + piece  # one more piece, at the end of the list
-    return content
 
 
 @contextlib.contextmanager
