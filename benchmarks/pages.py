@@ -1,6 +1,6 @@
 """Pages of results: runs benchmarks one after the other and writes what they found, as `benchmarks/results/*.md`.
 
-python -m benchmarks.pages lines.txt benchmarks/results/cpu-avx2.md
+python -m benchmarks.pages --lines lines.txt --page benchmarks/results/cpu-avx2.md
 
 As a program it makes a page from text that holds benchmarks' lines of JSON, such as their output. It knows nothing of
 what is measured: a list of runs, or lines, in; a page out. A page holds its own lines, so that it can be read again,

@@ -1,7 +1,7 @@
 """Draws a page of results: tokens per second against peers, against rows, against the length of the context.
 
-python -m benchmarks.plots benchmarks/results/cpu-avx2.md
-python -m benchmarks.plots benchmarks/results/cpu-avx2.md --folder pictures --kind png
+python -m benchmarks.plots --page benchmarks/results/cpu-avx2.md
+python -m benchmarks.plots --page benchmarks/results/cpu-avx2.md --folder pictures --kind png
 
 It reads the lines of JSON in the page; the same lines give the same bytes. It needs matplotlib (extra `bench`), which
 no other benchmark does.
