@@ -17,13 +17,16 @@ from benchmarks.machine import can_quantize, chosen_words, cpu_features
 from benchmarks.pages import ROOT, Run, merged, read_lines, run_all, write_page
 
 
-def runs(shape: str, small: str, long: int, rounds: int, llama_cpp_python: str | None) -> dict[str, list[Run]]:
+def runs(
+    shape: str, small: str, long: int, longest: int, rounds: int, llama_cpp_python: str | None
+) -> dict[str, list[Run]]:
     """Everything there is, by the word that --only takes.
 
     Args:
         shape: of the model that is compared with others.
         small: of the model whose speed is shown against rows and context, which takes many runs.
-        long: the longest context; three shorter ones go before it.
+        long: the longest context of that one; three shorter ones go before it.
+        longest: the longest prompt, of a tiny model.
     """
     peer = {} if llama_cpp_python is None else {"llama_cpp_python": llama_cpp_python}
     kinds = [None, *(["int8", "int4"] if can_quantize() else [])]
@@ -40,7 +43,7 @@ def runs(shape: str, small: str, long: int, rounds: int, llama_cpp_python: str |
         "rows": of_each("Decode by rows", "decode", shape=small, batches=[1, 2, 4, 8, 16], rounds=rounds),
         "context": of_each("Decode by context", "decode", shape=small, batches=[1], contexts=contexts, rounds=rounds),
         "prefill": of_each("Prefill by length", "prefill", shape=small, prompts=contexts, repeats=min(2, rounds)),
-        "long": [Run("A long prompt", "prefill", {"shape": "tiny", "prompts": [8 * long], "repeats": 1})],
+        "long": [Run("Long prompts", "parts", {"prompts": [*contexts[-2:], longest], "rounds": 1})],
         "start": [Run("Start", "start")],
     }
 
@@ -49,6 +52,7 @@ def cpu(
     shape: str = "953m",
     small: str = "207m",
     long: int = 8192,
+    longest: int = 100_000,
     rounds: int = 5,
     only: str | Sequence[str] | None = None,
     llama_cpp_python: str | None = None,
@@ -56,7 +60,7 @@ def cpu(
     plots: bool = True,
 ) -> None:
     """Measure, write the page, draw the plots; ends with status 1 where a benchmark failed."""
-    known = runs(shape, small, long, rounds, llama_cpp_python)
+    known = runs(shape, small, long, longest, rounds, llama_cpp_python)
     wanted = chosen_words("only", only, known)
     name = "-".join(["cpu", *cpu_features()])
     page = Path(output) if output else ROOT / "benchmarks/results" / f"{name}.md"

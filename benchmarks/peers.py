@@ -189,6 +189,7 @@ def peers(
     chosen = choose(engines, place)
     speeds = {"bandwidth": bandwidth(place), "float32": flops(torch.float32, place)}
     speeds[str(choose_dtype(None, place)).removeprefix("torch.")] = flops(choose_dtype(None, place), place)
+    reset_peak(place)  # a GPU's memory is given back to the engines
     print(", ".join(f"{name} {speed / 1e9:.4g} G/s" for name, speed in speeds.items()), flush=True)
     with contextlib.ExitStack() as stack:
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))

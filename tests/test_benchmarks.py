@@ -158,7 +158,8 @@ def test_the_list_for_gpus_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "known", [gpu.runs("cuda", "7b", "bfloat16", 8192, 100_000, 128), cpu.runs("953m", "207m", 8192, 5, "python")]
+    "known",
+    [gpu.runs("cuda", "7b", "bfloat16", 8192, 100_000, 128), cpu.runs("953m", "207m", 8192, 100_000, 5, "python")],
 )
 def test_lists_give_flags_that_there_are(known: Mapping[str, Sequence[pages.Run]]) -> None:
     for run in (run for several in known.values() for run in several):
