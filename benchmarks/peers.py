@@ -33,6 +33,7 @@ from benchmarks.machine import (
     flops,
     n_weights,
     report,
+    reset_peak,
     shape_args,
     tokenizer_bytes,
 )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cpu, gpu, pages, peers, start
+from benchmarks import cpu, gpu, pages, parts, peers, start
 from benchmarks.machine import RandomCheckpoint, n_weights, prefill_work, random_model, shape_args, weight_bytes
 from benchmarks.serving import measure, percentile, write_random
 from codellama.assembly import DEMO
@@ -164,6 +164,15 @@ def test_the_list_for_gpus_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Mon
 def test_lists_give_flags_that_there_are(known: Mapping[str, Sequence[pages.Run]]) -> None:
     for run in (run for several in known.values() for run in several):
         assert run.flags.keys() <= inspect.signature(function_of(run)).parameters.keys(), run.title
+
+
+def test_the_parts_of_a_prompt_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    parts.parts("tiny", "float32", "cpu", prompts=(16, 48), rounds=1)
+    line = last_line(capsys.readouterr().out)
+    assert [row["prompt"] for row in line["rows"]] == [16, 48]
+    for row in line["rows"]:
+        assert row["engine_s"] == pytest.approx(row["by_sum"] * (row["products_s"] + row["attention_s"]))
+        assert row["engine_s"] > 0
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
