@@ -64,7 +64,7 @@ def decode(
     rows = []
     for batch, context in cases:
         seconds = min(steps[batch, context])
-        read = weight_bytes(model) + batch * cache_bytes(model.args, context + new_tokens // 2, kind)
+        read = weight_bytes(model) + batch * cache_bytes(model.args, context + new_tokens // 2, model.norm.weight.dtype)
         rows.append(
             {
                 "batch": batch,

@@ -87,17 +87,20 @@ def load(checkpoint: Any, dtype: torch.dtype, device: torch.device, quantize: st
     """Load a checkpoint on one rank.
 
     Raises:
-        ValueError: quantize is given, and the loader cannot quantize.
+        ValueError: quantize is given, and the loader cannot quantize, or not so.
     """
-    options = {} if quantize is None else {"quantize": quantize}
-    if options and not can_quantize():
+    if quantize is None:
+        return load_model(checkpoint, Parallel(), device, dtype)
+    if not can_quantize():
         raise ValueError(f"quantize is {quantize!r}, and the loader of this version does not quantize")
-    return load_model(checkpoint, Parallel(), device, dtype, **options)
+    from codellama.quantization import Quantization
+
+    return load_model(checkpoint, Parallel(), device, dtype, quantization=Quantization.parse(quantize))
 
 
 def can_quantize() -> bool:
     """Say whether the loader knows how."""
-    return "quantize" in inspect.signature(load_model).parameters
+    return "quantization" in inspect.signature(load_model).parameters
 
 
 def n_weights(args: ModelArgs) -> int:
@@ -108,9 +111,20 @@ def n_weights(args: ModelArgs) -> int:
 
 
 def weight_bytes(model: Transformer) -> int:
-    """Bytes that one decode step reads: all weights but the embedding, of which it reads a row."""
-    held = [*model.named_parameters(), *model.named_buffers()]
-    return sum(tensor.nbytes for name, tensor in held if not name.startswith("tok_embeddings"))
+    """Bytes that one decode step reads: all weights but the embedding, of which it reads a row.
+
+    A module that holds a matrix in its own way says itself how many these are; parameters may be views of it.
+    """
+    modules = [module for name, module in model.named_modules() if name != "tok_embeddings"]
+    matrices = [module for module in modules if hasattr(module, "nbytes")]
+    counted = {buffer.untyped_storage().data_ptr() for matrix in matrices for buffer in matrix.buffers()}
+    others = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if not name.startswith("tok_embeddings") and not parameter.is_meta
+    ]
+    rest = [parameter.nbytes for parameter in others if parameter.untyped_storage().data_ptr() not in counted]
+    return sum(matrix.nbytes for matrix in matrices) + sum(rest)
 
 
 def cache_bytes(args: ModelArgs, length: int, dtype: torch.dtype) -> int:
@@ -138,6 +152,12 @@ def flops(dtype: torch.dtype, device: torch.device) -> float:
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     return 2 * size**3 / best_seconds(lambda: a @ b, device, 5)
+
+
+def fast_dtypes(device: torch.device) -> list[torch.dtype]:
+    """Dtypes in which the machine multiplies large matrices fast: float32, and bfloat16 where the hardware has it."""
+    native = device.type == "cuda" or "bf16" in cpu_features()
+    return [torch.float32, *([torch.bfloat16] if native else [])]
 
 
 def best_seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> float:

@@ -38,6 +38,7 @@ def parts(
     chunk = RuntimeArgs().chunk_size
     reset_peak(place)
     model = random_model(shape, kind, place)
+    compute = model.norm.weight.dtype
     engine = make_engine(model, 1, max(lengths) + 2)
     first_token(engine, min(64, min(lengths)), model.args.vocab_size, place, -1)  # warm
     rows = []
@@ -45,8 +46,8 @@ def parts(
         whole, linear, attention = [], [], []
         for seed in range(rounds):
             whole.append(first_token(engine, length, model.args.vocab_size, place, seed))
-            linear.append(linear_seconds(model.args, min(chunk, length), kind, place) * max(1, length / chunk))
-            attention.append(attention_seconds(model.args, length, kind, place))
+            linear.append(linear_seconds(model.args, min(chunk, length), compute, place) * max(1, length / chunk))
+            attention.append(attention_seconds(model.args, length, compute, place))
         cost = min(linear) + min(attention)
         peak = peak_bytes(place)
         rows.append(

@@ -30,6 +30,7 @@ from benchmarks.machine import (
     RandomCheckpoint,
     bandwidth,
     chosen_words,
+    fast_dtypes,
     flops,
     n_weights,
     report,
@@ -39,7 +40,7 @@ from benchmarks.machine import (
 )
 from codellama.checkpoint import open_checkpoint, tensor_shapes, write_huggingface
 from codellama.config import ModelArgs
-from codellama.device import choose_device, choose_dtype, free_memory
+from codellama.device import choose_device, free_memory
 from codellama.errors import CodeLlamaError
 
 ROOT = Path(__file__).parents[1]
@@ -188,8 +189,8 @@ def peers(
     """Measure; llama_cpp_python is a Python with llama-cpp-python, folder keeps the weights for another run."""
     place, args, threads = choose_device(device), shape_args(shape), torch.get_num_threads()
     chosen = choose(engines, place)
-    speeds = {"bandwidth": bandwidth(place), "float32": flops(torch.float32, place)}
-    speeds[str(choose_dtype(None, place)).removeprefix("torch.")] = flops(choose_dtype(None, place), place)
+    speeds = {"bandwidth": bandwidth(place)}
+    speeds |= {str(dtype).removeprefix("torch."): flops(dtype, place) for dtype in fast_dtypes(place)}
     reset_peak(place)  # a GPU's memory is given back to the engines
     print(", ".join(f"{name} {speed / 1e9:.4g} G/s" for name, speed in speeds.items()), flush=True)
     with contextlib.ExitStack() as stack:

@@ -33,9 +33,9 @@ def prefill(
     rows = []
     for dtype in [dtypes] if isinstance(dtypes, str | None) else dtypes:
         kind = choose_dtype(dtype, place)
-        speed = flops(kind, place)
-        reset_peak(place)
         model = random_model(shape, kind, place, quantize)
+        speed = flops(model.norm.weight.dtype, place)  # what activations are, and so products of many rows
+        reset_peak(place)
         engine = make_engine(model, 1, max(lengths) + 2)
         first_token(engine, min(64, min(lengths)), model.args.vocab_size, place, -1)  # warm
         for length in lengths:
