@@ -48,13 +48,20 @@ class RandomCheckpoint:
         """Shape of the full tensor."""
         return self._shapes[name]
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """Make a tensor, or its part from start to stop along dim."""
+    def read(
+        self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Make a tensor, or its part from start to stop along dim; in `out` where that is a whole one like it."""
         shape = self._shapes[name]
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
         tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        if out is not None and (out.shape, out.dtype, out.device) == (tensor.shape, tensor.dtype, tensor.device):
+            tensor = out
         tensor.normal_(float(len(shape) == 1), 0.02, generator=generator)
-        return tensor if dim is None else tensor.narrow(dim, start, (stop or shape[dim]) - start).clone()
+        part = (0, shape[0]) if dim is None else (start, shape[dim] if stop is None else stop)
+        if part == (0, shape[dim or 0]):
+            return tensor
+        return tensor.narrow(dim or 0, part[0], part[1] - part[0]).clone()
 
 
 def tokenizer_bytes(vocab_size: int) -> bytes:

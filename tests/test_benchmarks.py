@@ -69,6 +69,10 @@ def test_random_weights_are_the_same_each_time_and_in_part() -> None:
     weights = RandomCheckpoint(shape_args("tiny"), torch.float32, CPU)
     whole = weights.read("layers.0.feed_forward.w1.weight")
     assert torch.equal(weights.read("layers.0.feed_forward.w1.weight", 0, 8, 24), whole[8:24])
+    room = torch.empty_like(whole)
+    assert weights.read("layers.0.feed_forward.w1.weight", 0, 0, None, out=room) is room
+    assert torch.equal(room, whole)
+    assert weights.read("layers.0.feed_forward.w1.weight", 1, 8, 24, out=room).shape == (whole.shape[0], 16)
     assert not torch.equal(weights.read("layers.1.feed_forward.w1.weight"), whole)
     assert float(whole.std()) == pytest.approx(0.02, rel=0.05)
 
