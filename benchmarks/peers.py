@@ -189,9 +189,7 @@ def peers(
     """Measure; llama_cpp_python is a Python with llama-cpp-python, folder keeps the weights for another run."""
     place, args, threads = choose_device(device), shape_args(shape), torch.get_num_threads()
     chosen = choose(engines, place)
-    speeds = {"bandwidth": bandwidth(place)}
-    speeds |= {str(dtype).removeprefix("torch."): flops(dtype, place) for dtype in fast_dtypes(place)}
-    reset_peak(place)  # a GPU's memory is given back to the engines
+    speeds = measured_speeds(place)
     print(", ".join(f"{name} {speed / 1e9:.4g} G/s" for name, speed in speeds.items()), flush=True)
     with contextlib.ExitStack() as stack:
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -206,6 +204,7 @@ def peers(
             return Engine(variant, options, python, threads)
 
         measured, missing = measure(chosen, start, fits(chosen, args, place), args, prompt, new_tokens, rows, rounds)
+    speeds = {name: max(speed, speeds[name]) for name, speed in measured_speeds(place).items()}  # before and after
     exact = [run["tokens"][0][0] for run in measured.get("ours-float32", ())]
     table = [
         {**row(name, runs, args, prompt, new_tokens, rows, speeds), "same_first": same_first(runs, exact)}
@@ -219,6 +218,14 @@ def peers(
     for name, why in missing.items():
         print(f"{name}: {why}")
     report("peers", arguments, table, ratios(table))
+
+
+def measured_speeds(device: torch.device) -> dict[str, float]:
+    """Bytes per second that the machine reads, and operations per second by dtype."""
+    speeds = {"bandwidth": bandwidth(device)}
+    speeds |= {str(dtype).removeprefix("torch."): flops(dtype, device) for dtype in fast_dtypes(device)}
+    reset_peak(device)  # a GPU's memory is given back to the engines
+    return speeds
 
 
 def choose(names: str | Sequence[str] | None, device: torch.device) -> list[Variant]:
