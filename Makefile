@@ -1,4 +1,4 @@
-.PHONY: demo test check fix bench clients soak screenshots
+.PHONY: demo test check fix bench gpu clients soak screenshots
 PYTHON ?= python3
 # Two tests at a time, on a core each: many of them wait for processes that they start.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
@@ -31,6 +31,11 @@ bench: .venv/dev  ## small benchmarks; each prints a table and one line of JSON
 	.venv/bin/python -m benchmarks.serving
 	.venv/bin/python -m benchmarks.evaluation replicas
 	.venv/bin/python -m benchmarks.evaluation solutions
+	.venv/bin/python -m benchmarks.start
+	.venv/bin/python -m benchmarks.peers
+
+gpu: .venv/gpu  ## with a GPU: its tests and benchmarks, and a page of results; an hour or less
+	.venv/bin/python -m benchmarks.gpu
 
 clients: .venv/dev  ## real clients against the server; needs a package index
 	.venv/bin/python -m tests.clients.run
@@ -45,6 +50,10 @@ screenshots: .venv/dev  ## pictures of the chat page for the documentation; need
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/gpu: .venv/demo
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --group gpu
 	touch $@
 
 .venv/dev: .venv/demo

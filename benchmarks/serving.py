@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import random
-import struct
 import subprocess
 import sys
 import tempfile
@@ -25,10 +24,8 @@ import fire
 import httpx2
 import torch
 
-from benchmarks.machine import SHAPES, random_model, report
-from codellama.assembly import DEMO
+from benchmarks.machine import RandomCheckpoint, report, shape_args, tokenizer_bytes
 from codellama.checkpoint import write_meta
-from codellama.config import ModelArgs
 from codellama.device import choose_device, choose_dtype
 from codellama.tokenizer import Tokenizer
 
@@ -161,15 +158,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def write_random(folder: Path, shape: str, dtype: torch.dtype) -> None:
     """Write a checkpoint of random weights, with the demo's tokenizer made as large as the shape says."""
-    model = random_model(shape, dtype, torch.device("cpu"))
-    model.output.weight.mul_(PEAKED)
-    args = ModelArgs(**SHAPES[shape], rope_theta=1e6)
-    content = (DEMO / "tokenizer.model").read_bytes()
-    for id in range(Tokenizer(DEMO / "tokenizer.model").n_words, args.vocab_size):
-        text = f"<{id}>".encode()
-        piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -1e6)  # the text, and its score
-        content += b"\x0a" + bytes([len(piece)]) + piece  # one more piece, at the end of the list
-    write_meta(folder, args, ((name, [tensor]) for name, tensor in model.state_dict().items()), 1, content)
+    args = shape_args(shape)
+    weights = RandomCheckpoint(args, dtype, torch.device("cpu"))
+    tensors = ((name, weights.read(name).mul_(PEAKED if name == "output.weight" else 1)) for name in weights.names())
+    write_meta(folder, args, ((name, [tensor]) for name, tensor in tensors), 1, tokenizer_bytes(args.vocab_size))
 
 
 @contextlib.contextmanager
