@@ -83,7 +83,7 @@ class Checkpoint(Protocol):
 def place_for(shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> Tensor:
     """Take `out` where it fits, else fresh memory."""
     fits = out is not None and out.shape == torch.Size(shape) and out.dtype == dtype and out.device.type == "cpu"
-    return out if out is not None and fits else torch.empty(shape, dtype=dtype)
+    return out if out is not None and fits else torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def shard_dim(name: str) -> int | None:

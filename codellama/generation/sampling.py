@@ -79,7 +79,11 @@ def adjust(
         changed = penalize_generated(given, params.presence_penalty, params.frequency_penalty, counts)
     if params.logit_bias:
         chosen, biases = zip(*params.logit_bias, strict=True)
-        changed = _add(logits if changed is None else changed, chosen, torch.tensor(biases, dtype=torch.float64))
+        changed = _add(
+            logits if changed is None else changed,
+            chosen,
+            torch.tensor(biases, dtype=torch.float64, device=logits.device),
+        )
     if allowed is not None:
         forbidden = torch.frombuffer(allowed, dtype=torch.uint8).to(logits.device) == 0
         changed = (logits if changed is None else changed).masked_fill(forbidden, -math.inf)
@@ -111,7 +115,7 @@ def draw_batch(logits: Tensor, params: Sequence[SamplingParams], uniforms: Seque
     columns = [
         (wish.temperature, uniforms[row], wish.top_p, wish.min_p) for row, wish in zip(rows, wishes, strict=True)
     ]
-    temperature, uniform, top_p, min_p = torch.tensor(columns, dtype=torch.float64).to(logits.device).T[..., None]
+    temperature, uniform, top_p, min_p = torch.tensor(columns, dtype=torch.float64, device=logits.device).T[..., None]
     mixed = len(rows) < len(params)
     if mixed:
         logits = logits[rows]
@@ -146,14 +150,14 @@ def penalize(logits: Tensor, penalty: float, ids: Iterable[int]) -> Tensor:
 
 def penalize_generated(logits: Tensor, presence: float, frequency: float, counts: Mapping[int, int]) -> Tensor:
     """Subtract what was generated before: presence once, frequency as often as it was."""
-    times = torch.tensor(list(counts.values()), dtype=torch.float64)
+    times = torch.tensor(list(counts.values()), dtype=torch.float64, device=logits.device)
     return _add(logits, list(counts), -(presence + frequency * times))
 
 
 def _add(logits: Tensor, ids: Sequence[int], values: Tensor) -> Tensor:
     """Add float64 values to the logits of some ids, each once."""
     places = torch.tensor(ids, device=logits.device)
-    return logits.index_copy(0, places, (logits[places].double() + values.to(logits.device)).float())
+    return logits.index_copy(0, places, (logits[places].double() + values).float())
 
 
 def keep_top_k(probs: Tensor, top_k: Sequence[int]) -> Tensor:

@@ -63,7 +63,7 @@ class PackedHalf(Matrix):
         """Make an empty matrix on the CPU; the activations are float32."""
         assert compute == torch.float32, "fbgemm multiplies float32 activations"
         super().__init__(out_features, in_features, compute)
-        self._loose: Tensor | None = torch.empty(out_features, in_features, dtype=torch.float16)
+        self._loose: Tensor | None = torch.empty(out_features, in_features, dtype=torch.float16, device="cpu")
         self._packed: Any = None
 
     def put_(self, start: int, rows: Tensor, largest: Tensor | None = None) -> None:

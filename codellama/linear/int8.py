@@ -20,7 +20,7 @@ class Int8(Matrix):
         """Make an empty matrix."""
         super().__init__(out_features, in_features, compute)
         self.register_buffer("codes", torch.empty(out_features, in_features, dtype=torch.int8, device=device), False)
-        self.register_buffer("scales", torch.empty(out_features, device=device), False)
+        self.register_buffer("scales", torch.empty(out_features, dtype=torch.float32, device=device), False)
         self._few = 0
         self._native: Kernels | None = None
 

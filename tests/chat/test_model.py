@@ -51,13 +51,16 @@ def test_an_interrupted_answer_leaves_the_generator_whole(llama: Llama, monkeypa
     expected = list(model.stream(DIALOG, settings))
     steps = []
 
-    def interrupt(logits: object) -> None:
-        steps.append(logits)
+    take = llama.engine._take
+
+    def interrupt(*given: Any) -> None:
+        steps.append(given)
         if len(steps) == 3:
             raise KeyboardInterrupt
+        take(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llama.engine, "_check_finite", interrupt)
+        patch.setattr(llama.engine, "_take", interrupt)
         with pytest.raises(KeyboardInterrupt):
             list(model.stream(DIALOG, settings))
     pieces = model.stream(DIALOG, settings)
