@@ -1,4 +1,4 @@
-"""Products of a few or many rows with one matrix: PyTorch's kernels and ours, and the share of the bandwidth they reach.
+"""Products of a few or many rows with one matrix: PyTorch's kernels and ours, and the share of bandwidth they reach.
 
 Each candidate cycles through copies of its matrix that together exceed the caches, so weights come from memory as they
 do in a model. Candidates take turns, and the shortest of their times counts. What unpacks is for many rows.
@@ -97,13 +97,13 @@ def candidates(n: int, k: int) -> list[Candidate]:
     weight = torch.randn(n, k) / k**0.5
     native = native_kernels()
     return [
-        *_dense(weight, native),
+        *_dense(weight),
         *_int8(weight, native),
         *_int4(n, k, native),
     ]
 
 
-def _dense(weight: Tensor, native: Kernels | None) -> list[Candidate]:
+def _dense(weight: Tensor) -> list[Candidate]:
     bf16, fp32 = torch.bfloat16, torch.float32
 
     def linear(dtype: torch.dtype) -> Product:
@@ -120,8 +120,13 @@ def _dense(weight: Tensor, native: Kernels | None) -> list[Candidate]:
         return product
 
     def unpacked() -> Product:
-        copy = weight.to(bf16)
-        return lambda x: F.linear(x, copy.float())
+        copy, out = weight.to(bf16), torch.empty_like(weight)
+        return lambda x: F.linear(x, out.copy_(copy))
+
+    def blocked() -> Product:
+        # oneDNN's own order of the weights, which would have to be kept beside or instead of the checkpoint's.
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(bf16), None)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
     def fbgemm() -> Product:
         packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
@@ -130,19 +135,13 @@ def _dense(weight: Tensor, native: Kernels | None) -> list[Candidate]:
     found = [
         Candidate("bf16 linear", bf16, 16, lambda: linear(bf16)),
         Candidate("bf16 no oneDNN", bf16, 16, without_onednn),
+        Candidate("bf16 blocked", bf16, 16, blocked),
         Candidate("bf16 to fp32", fp32, 16, unpacked),
         Candidate("fp32 linear", fp32, 32, lambda: linear(fp32)),
     ]
     if "fbgemm" in torch.backends.quantized.supported_engines:
         found.append(Candidate("fp16 fbgemm", fp32, 16, fbgemm))
-    if native is not None:
-        found.append(Candidate("bf16 ours", bf16, 16, lambda: _dense_ours(native, weight.to(bf16))))
-        found.append(Candidate("fp16 ours", fp32, 16, lambda: _dense_ours(native, weight.half())))
     return found
-
-
-def _dense_ours(native: Kernels, copy: Tensor) -> Product:
-    return lambda x: native.dense_linear(x, copy)
 
 
 def _int8(weight: Tensor, native: Kernels | None) -> list[Candidate]:
@@ -165,22 +164,22 @@ def _int8(weight: Tensor, native: Kernels | None) -> list[Candidate]:
             torch.backends.quantized.engine = before
         return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
 
-    def ours() -> Product:
-        copy = codes.clone()
-        return lambda x: native.int8_linear(x, copy, scales)  # type: ignore[union-attr]
+    def ours(native: Kernels) -> Product:
+        packed = native.pack_int8(codes)
+        return lambda x: native.int8_linear(x, packed, scales)
 
-    def unpacked() -> Product:
-        copy = codes.clone()
-        return lambda x: F.linear(x, native.unpack_int8(copy, scales, x.dtype))  # type: ignore[union-attr]
+    def unpacked(native: Kernels, dtype: torch.dtype) -> Product:
+        packed, out = native.pack_int8(codes), torch.empty(codes.shape, dtype=dtype)
+        return lambda x: F.linear(x, native.unpack_int8(packed, scales, out))
 
     found = [Candidate("int8 torch", bf16, 8, weight_only)]
     for engine in ("fbgemm", "x86"):
         if engine in torch.backends.quantized.supported_engines:
             found.append(Candidate(f"int8 dyn. {engine}", fp32, 8, lambda engine=engine: dynamic(engine)))
     if native is not None:
-        found.append(Candidate("int8 ours", bf16, 8, ours))
-        found.append(Candidate("int8 to bf16", bf16, 8, unpacked))
-        found.append(Candidate("int8 to fp32", fp32, 8, unpacked))
+        found.append(Candidate("int8 ours", bf16, 8, lambda: ours(native)))
+        found.append(Candidate("int8 to bf16", bf16, 8, lambda: unpacked(native, bf16)))
+        found.append(Candidate("int8 to fp32", fp32, 8, lambda: unpacked(native, fp32)))
     return found
 
 
@@ -194,22 +193,22 @@ def _int4(n: int, k: int, native: Kernels | None) -> list[Candidate]:
         pairs = torch.stack([scales.t(), zeros.t()], dim=2).contiguous()
         return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, pairs)
 
-    def pack() -> Tensor:
-        return native.pack_int4(codes[:, 0::2] | codes[:, 1::2] << 4, scales, zeros)  # type: ignore[union-attr]
+    def pack(native: Kernels) -> Tensor:
+        return native.pack_int4(codes[:, 0::2] | codes[:, 1::2] << 4, scales, zeros)
 
-    def ours() -> Product:
-        packed = pack()
-        return lambda x: native.int4_linear(x, packed, n, GROUP)  # type: ignore[union-attr]
+    def ours(native: Kernels) -> Product:
+        packed = pack(native)
+        return lambda x: native.int4_linear(x, packed, n, GROUP)
 
-    def unpacked() -> Product:
-        packed = pack()
-        return lambda x: F.linear(x, native.unpack_int4(packed, n, k, GROUP, x.dtype))  # type: ignore[union-attr]
+    def unpacked(native: Kernels, dtype: torch.dtype) -> Product:
+        packed, out = pack(native), torch.empty(n, k, dtype=dtype)
+        return lambda x: F.linear(x, native.unpack_int4(packed, n, GROUP, out))
 
     found = [Candidate("int4 torch", bf16, 4 + 32 / GROUP, torchs)]
     if native is not None:
-        found.append(Candidate("int4 ours", bf16, 4 + 32 / GROUP, ours))
-        found.append(Candidate("int4 to bf16", bf16, 4 + 32 / GROUP, unpacked))
-        found.append(Candidate("int4 to fp32", fp32, 4 + 32 / GROUP, unpacked))
+        found.append(Candidate("int4 ours", bf16, 4 + 32 / GROUP, lambda: ours(native)))
+        found.append(Candidate("int4 to bf16", bf16, 4 + 32 / GROUP, lambda: unpacked(native, bf16)))
+        found.append(Candidate("int4 to fp32", fp32, 4 + 32 / GROUP, lambda: unpacked(native, fp32)))
     return found
 
 

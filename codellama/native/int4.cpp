@@ -21,8 +21,6 @@ struct Term {  // of 32 activations: a, -8 * a * (sum of xq), sum of x
   float scale, offset, sum;
 };
 
-typedef int32_t Four __attribute__((may_alias, aligned(4)));  // four activations, for all lanes
-
 uint32_t spread(uint32_t nibbles) {  // four nibbles to four bytes
   nibbles = (nibbles | nibbles << 8) & 0x00ff00ffu;
   return (nibbles | nibbles << 4) & 0x0f0f0f0fu;
@@ -74,25 +72,6 @@ constexpr Multiply MULTIPLY[] = {
 #endif
 };
 
-// Eight registers of eight 32-bit lanes, transposed.
-void transpose(__m256i a[8]) {
-  __m256i b[8];
-  for (int i = 0; i < 4; i++) {
-    b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-    b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; i++)
-    for (int j = 0; j < 2; j++) {
-      a[4 * i + 2 * j] = _mm256_unpacklo_epi64(b[4 * i + j], b[4 * i + j + 2]);
-      a[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(b[4 * i + j], b[4 * i + j + 2]);
-    }
-  for (int i = 0; i < 4; i++) {
-    b[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
-    b[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
-  }
-  memcpy(a, b, sizeof(b));
-}
-
 float bf16_to_float(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
   float value;
@@ -135,16 +114,10 @@ EXPORT void int4_linear(const void* x, int bf16, const uint8_t* packed, void* ou
   Scratch code_memory(rows * k), term_memory(rows * parts * int64_t(sizeof(Term)));
   int8_t* codes = static_cast<int8_t*>(code_memory.data);
   Term* terms = static_cast<Term*>(term_memory.data);
-  // Rows that are multiplied together stand together: a group of 32 of each row, then the next group.
-  for (int64_t row = 0; row < rows; row++)
-    for (int64_t part = 0; part < parts; part++) {
-      const int64_t head = row / MOST_ROWS * MOST_ROWS, beside = smaller(rows - head, MOST_ROWS);
-      const int64_t at = head * parts + part * beside + row - head;
-      const Rounded rounded = round_group(x, row * k + part * 32, bf16, codes + at * 32);
-      int32_t sum = 0;
-      for (int i = 0; i < 32; i++) sum += codes[at * 32 + i];
-      terms[at] = {rounded.scale, -8.0f * rounded.scale * float(sum), rounded.sum};
-    }
+  for_groups(rows, parts, [&](int64_t from, int64_t to) {
+    const Rounded rounded = round_group(x, from * 32, bf16, codes + to * 32);
+    terms[to] = {rounded.scale, -8.0f * rounded.scale * float(rounded.code_sum), rounded.sum};
+  });
   over_parts((n + LANES - 1) / LANES, threads, [&](int64_t start, int64_t stop) {
     for (int64_t block = start; block < stop; block++)
       for (int64_t row = 0; row < rows; row += MOST_ROWS) {
