@@ -9,6 +9,7 @@ OMP_NUM_THREADS=1 python -m benchmarks.kernels --shape 11008,4096 --rows 1,8 --m
 """
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,9 @@ def kernels(
     wanted = [candidate for candidate in candidates(n, k) if only in candidate.name]
     if not wanted:
         raise ValueError(f"only is {only!r}, a part of no name here")
-    packed = [[c.pack() for _ in range(max(2, int(megabytes * 8e6 / (n * k * c.bits))))] for c in wanted]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns of some of its own kernels
+        packed = [[c.pack() for _ in range(max(2, int(megabytes * 8e6 / (n * k * c.bits))))] for c in wanted]
     table = []
     for count in [rows] if isinstance(rows, int) else rows:
         best = [float("inf")] * len(wanted)
@@ -114,7 +117,7 @@ def _dense(weight: Tensor) -> list[Candidate]:
         copy = weight.to(bf16)
 
         def product(x: Tensor) -> Tensor:
-            with torch.backends.mkldnn.flags(enabled=False):
+            with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):  # otherwise it warns
                 return F.linear(x, copy)
 
         return product
@@ -135,10 +138,11 @@ def _dense(weight: Tensor) -> list[Candidate]:
     found = [
         Candidate("bf16 linear", bf16, 16, lambda: linear(bf16)),
         Candidate("bf16 no oneDNN", bf16, 16, without_onednn),
-        Candidate("bf16 blocked", bf16, 16, blocked),
         Candidate("bf16 to fp32", fp32, 16, unpacked),
         Candidate("fp32 linear", fp32, 32, lambda: linear(fp32)),
     ]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found.append(Candidate("bf16 blocked", bf16, 16, blocked))
     if "fbgemm" in torch.backends.quantized.supported_engines:
         found.append(Candidate("fp16 fbgemm", fp32, 16, fbgemm))
     return found
@@ -153,16 +157,25 @@ def _int8(weight: Tensor, native: Kernels | None) -> list[Candidate]:
         copy, half = codes.clone(), scales.bfloat16()
         return lambda x: torch.ops.aten._weight_int8pack_mm(x, copy, half)
 
-    def dynamic(engine: str) -> Product:
-        before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = engine
-        try:
-            zeros = torch.zeros(len(codes), dtype=torch.int64)
-            matrix = torch._make_per_channel_quantized_tensor(codes, scales.double(), zeros, 0)
-            packed = torch.ops.quantized.linear_prepack(matrix, None)
-        finally:
-            torch.backends.quantized.engine = before
+    def quantized(columns: Tensor) -> Any:
+        matrix = torch._make_per_channel_quantized_tensor(columns, scales.double(), torch.zeros(len(scales)).long(), 0)
+        return torch.ops.quantized.linear_prepack(matrix, None)
+
+    def dynamic() -> Product:
+        packed = quantized(codes)
         return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
+
+    def dynamic_rows() -> Product:
+        # One range serves all rows of a call. Rows divided by their size, beside a 1 and a -1 that meet zeros, have the
+        # same range in every call, so that none depends on its neighbours.
+        packed, ends = quantized(F.pad(codes, (0, 2))), torch.tensor([1.0, -1.0])
+
+        def product(x: Tensor) -> Tensor:
+            sizes = x.abs().amax(1, keepdim=True)
+            scaled = torch.cat([x / sizes, ends.expand(len(x), 2)], 1)
+            return torch.ops.quantized.linear_dynamic(scaled, packed, True).mul_(sizes)
+
+        return product
 
     def ours(native: Kernels) -> Product:
         packed = native.pack_int8(codes)
@@ -173,9 +186,9 @@ def _int8(weight: Tensor, native: Kernels | None) -> list[Candidate]:
         return lambda x: F.linear(x, native.unpack_int8(packed, scales, out))
 
     found = [Candidate("int8 torch", bf16, 8, weight_only)]
-    for engine in ("fbgemm", "x86"):
-        if engine in torch.backends.quantized.supported_engines:
-            found.append(Candidate(f"int8 dyn. {engine}", fp32, 8, lambda engine=engine: dynamic(engine)))
+    if torch.backends.quantized.engine in ("fbgemm", "x86"):
+        found.append(Candidate("int8 dynamic", fp32, 8, dynamic))
+        found.append(Candidate("int8 dyn. rows", fp32, 8, dynamic_rows))
     if native is not None:
         found.append(Candidate("int8 ours", bf16, 8, lambda: ours(native)))
         found.append(Candidate("int8 to bf16", bf16, 8, lambda: unpacked(native, bf16)))

@@ -1,12 +1,14 @@
-"""The serving benchmark, on a server of the demo checkpoint in this process."""
+"""Benchmarks that are more than a loop: serving, on a server of the demo checkpoint in this process, and kernels."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.kernels import kernels
 from benchmarks.serving import measure, percentile, write_random
 from codellama.assembly import DEMO
 from codellama.checkpoint import open_checkpoint
@@ -45,3 +47,12 @@ def test_the_random_checkpoint_can_be_loaded(tmp_path: Path) -> None:
     assert tokenizer.encode(text, bos=True, eos=False) == Tokenizer(DEMO / "tokenizer.model").encode(
         text, bos=True, eos=False
     )
+
+
+def test_the_benchmark_of_kernels_measures_each(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels(shape=(64, 128), rows=(1, 40), megabytes=1, repeats=1)
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert {(row["candidate"], row["rows"]) for row in rows} >= {(f"{bits} torch", 1) for bits in ("int8", "int4")}
+    assert all(row["ms"] > 0 and 0 < row["of_bandwidth"] < 100 for row in rows)
+    with pytest.raises(ValueError, match="inputs in multiples of 32"):
+        kernels(shape=(64, 100))

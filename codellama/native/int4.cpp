@@ -155,10 +155,12 @@ EXPORT void unpack_int4(const uint8_t* packed, void* out, int bf16, int64_t k, i
               const Floats scale = all(bf16_to_float(scales[half * 8 + lane]));
               const Floats zero = all(bf16_to_float(scales[LANES + half * 8 + lane]));
               const int64_t at = (row - first) * k + g * group + part * 32;
-              for (int i = 0; i < 32; i += LANES) {
-                const Ints centred = minus(widen_unsigned(codes + i), all_ints(8));
-                store_as(out, at + i, bf16, times_add(to_floats(centred), scale, zero));
+              Floats weights[32 / LANES];
+              for (int i = 0; i < 32 / LANES; i++) {
+                const Ints centred = minus(widen_unsigned(codes + i * LANES), all_ints(8));
+                weights[i] = times_add(to_floats(centred), scale, zero);
               }
+              store_weights(out, at, bf16, weights);
             }
           }
       }

@@ -128,8 +128,10 @@ EXPORT void unpack_int8(const uint8_t* packed, const float* scales, void* out, i
             int8_t codes[32];
             memcpy(codes, &eight[lane], 32);
             const int64_t at = (row - first) * k + part * 32;
-            for (int i = 0; i < 32; i += LANES)
-              store_as(out, at + i, bf16, times(to_floats(widen_signed(codes + i)), all(scales[row])));
+            Floats weights[32 / LANES];
+            for (int i = 0; i < 32 / LANES; i++)
+              weights[i] = times(to_floats(widen_signed(codes + i * LANES)), all(scales[row]));
+            store_weights(out, at, bf16, weights);
           }
         }
   });

@@ -189,6 +189,18 @@ static inline void store_some(void* to, int64_t at, bool bf16, Floats value, int
   memcpy(static_cast<char*>(to) + at * size, lanes, size_t(count * size));
 }
 
+// Store 32 finite weights. In bfloat16, those below 1e-38 may become zero: that is what the instruction for it does.
+static inline void store_weights(void* to, int64_t at, bool bf16, const Floats weights[32 / LANES]) {
+#if WIDE && defined(__AVX512BF16__)
+  if (bf16) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(weights[1], weights[0]);
+    memcpy(static_cast<uint16_t*>(to) + at, &both, 64);
+    return;
+  }
+#endif
+  for (int i = 0; i < 32 / LANES; i++) store_as(to, at + i * LANES, bf16, weights[i]);
+}
+
 // Memory of a call, aligned to a cache line.
 struct Scratch {
   void* data;
