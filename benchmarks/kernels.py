@@ -117,8 +117,12 @@ def _dense(weight: Tensor) -> list[Candidate]:
         copy = weight.to(bf16)
 
         def product(x: Tensor) -> Tensor:
-            with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):  # otherwise it warns
+            before = torch._C._get_mkldnn_enabled()
+            torch._C._set_mkldnn_enabled(False)  # the public way warns each time
+            try:
                 return F.linear(x, copy)
+            finally:
+                torch._C._set_mkldnn_enabled(before)
 
         return product
 
