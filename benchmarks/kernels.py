@@ -1,7 +1,8 @@
 """Products of a few or many rows with one matrix: PyTorch's kernels and ours, and the share of bandwidth they reach.
 
-Each candidate cycles through copies of its matrix that together exceed the caches, so weights come from memory as they
-do in a model. Candidates take turns, and the shortest of their times counts. What unpacks is for many rows.
+Each candidate cycles through copies of its matrix that together exceed the caches, so weights come from memory as they do
+in a model, from large pages where the system gives them to a tensor. Candidates take turns, and the shortest of their
+times counts. What unpacks is for many rows.
 
 python -m benchmarks.kernels
 python -m benchmarks.kernels --shape 5632,2048 --rows 1,2,4,8,16,32,128,512 --megabytes 128 --repeats 8
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks.machine import bandwidth, report
 from codellama.native.kernels import Kernels, native_kernels
+from codellama.native.pages import use_huge_pages
 
 GROUP = 32
 MANY = 32  # rows from which the work is arithmetic, and two copies are enough
@@ -95,6 +97,12 @@ def _seconds(copies: Sequence[Product], x: Tensor) -> float:
     return (time.perf_counter() - begin) / len(copies)
 
 
+def _copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    copy = torch.empty(weight.shape, dtype=dtype)
+    use_huge_pages(copy)
+    return copy.copy_(weight)
+
+
 def candidates(n: int, k: int) -> list[Candidate]:
     """List what can multiply by an [n, k] matrix here."""
     weight = torch.randn(n, k) / k**0.5
@@ -110,11 +118,11 @@ def _dense(weight: Tensor) -> list[Candidate]:
     bf16, fp32 = torch.bfloat16, torch.float32
 
     def linear(dtype: torch.dtype) -> Product:
-        copy = weight.to(dtype, copy=True)
+        copy = _copy(weight, dtype)
         return lambda x: F.linear(x, copy)
 
     def without_onednn() -> Product:
-        copy = weight.to(bf16)
+        copy = _copy(weight, bf16)
 
         def product(x: Tensor) -> Tensor:
             before = torch._C._get_mkldnn_enabled()
@@ -127,7 +135,7 @@ def _dense(weight: Tensor) -> list[Candidate]:
         return product
 
     def unpacked() -> Product:
-        copy, out = weight.to(bf16), torch.empty_like(weight)
+        copy, out = _copy(weight, bf16), torch.empty_like(weight)
         return lambda x: F.linear(x, out.copy_(copy))
 
     def blocked() -> Product:
@@ -158,7 +166,7 @@ def _int8(weight: Tensor, native: Kernels | None) -> list[Candidate]:
     codes = (weight / scales[:, None]).round().to(torch.int8)
 
     def weight_only() -> Product:
-        copy, half = codes.clone(), scales.bfloat16()
+        copy, half = _copy(codes, torch.int8), scales.bfloat16()
         return lambda x: torch.ops.aten._weight_int8pack_mm(x, copy, half)
 
     def quantized(columns: Tensor) -> Any:
@@ -207,6 +215,7 @@ def _int4(n: int, k: int, native: Kernels | None) -> list[Candidate]:
 
     def torchs() -> Product:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        packed = _copy(packed, packed.dtype)
         pairs = torch.stack([scales.t(), zeros.t()], dim=2).contiguous()
         return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, pairs)
 

@@ -29,12 +29,13 @@ uint32_t spread(uint32_t nibbles) {  // four nibbles to four bytes
 template <int ROWS>
 void multiply(const uint8_t* block, const int8_t* codes, const Term* terms, void* out, bool bf16, int64_t n, int64_t k,
               int64_t group, int64_t first) {
+  constexpr bool ASK = ROWS >= LEAST_ASKING;
   Floats sums[ROWS];
   for (int r = 0; r < ROWS; r++) sums[r] = zeros();
   const int64_t parts = k / 32;
   int64_t part = 0;
   while (part < parts) {
-    ask_for(block + AHEAD);
+    if (ASK) ask_for(block + AHEAD);
     const Floats scale = load_bf16(reinterpret_cast<const uint16_t*>(block));
     const Floats zero = load_bf16(reinterpret_cast<const uint16_t*>(block) + LANES);
     block += 4 * LANES;
@@ -44,7 +45,7 @@ void multiply(const uint8_t* block, const int8_t* codes, const Term* terms, void
       Ints* const others = ROWS <= MOST_ROWS / 4 ? more : dots;
       for (int r = 0; r < ROWS; r++) dots[r] = more[r] = no_ints();
       for (int piece = 0; piece < 4; piece++, block += PIECE) {
-        ask_for(block + AHEAD);
+        if (ASK) ask_for(block + AHEAD);
         const Ints both = load_ints(block), low = bits_and(both, all_ints(0x0f0f0f0f)), high = high_nibbles(both);
         for (int r = 0; r < ROWS; r++) {
           const Four* fours = reinterpret_cast<const Four*>(codes + (part * ROWS + r) * 32 + piece * 8);

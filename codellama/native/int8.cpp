@@ -33,6 +33,7 @@ inline Ints add_signed(Ints sum, Ints w, Ints x) {
 template <int ROWS>
 void multiply(const uint8_t* block, const float* scales, const int8_t* codes, const Term* terms, void* out, bool bf16,
               int64_t n, int64_t k, int64_t first) {
+  constexpr bool ASK = ROWS >= LEAST_ASKING;
   Floats sums[ROWS];
   for (int r = 0; r < ROWS; r++) sums[r] = zeros();
   for (int64_t part = 0; part < k / 32; part++, codes += ROWS * 32, terms += ROWS) {
@@ -41,8 +42,8 @@ void multiply(const uint8_t* block, const float* scales, const int8_t* codes, co
     Ints* const others = ROWS <= MOST_ROWS / 4 ? more : dots;
     for (int r = 0; r < ROWS; r++) dots[r] = all_ints(terms[r].start), more[r] = no_ints();
     for (int piece = 0; piece < 8; piece += 2, block += 2 * PIECE) {
-      ask_for(block + AHEAD);
-      if (PIECE == 64) ask_for(block + AHEAD + 64);
+      if (ASK) ask_for(block + AHEAD);
+      if (ASK && PIECE == 64) ask_for(block + AHEAD + 64);
       const Ints even = load_ints(block), odd = load_ints(block + PIECE);
       for (int r = 0; r < ROWS; r++) {
         const Four* fours = reinterpret_cast<const Four*>(codes + r * 32 + piece * 4);

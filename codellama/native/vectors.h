@@ -21,6 +21,8 @@ extern "C" int omp_get_num_threads(void);
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Have memory brought near before it is needed: across the end of a page, where the CPU does not look by itself.
+// The work of a few rows is so short that the CPU's own look ahead keeps up, and asking only disturbs it.
+constexpr int LEAST_ASKING = 4;
 static inline void ask_for(const void* place) { _mm_prefetch(static_cast<const char*>(place), _MM_HINT_T0); }
 
 // Call body(start, stop) on every thread, for equal parts of [0, count).

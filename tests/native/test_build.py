@@ -57,7 +57,7 @@ def _load(folder: Path, gate: "multiprocessing.synchronize.Barrier") -> None:
 
 
 def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     gate = context.Barrier(2)
     processes = [context.Process(target=_load, args=(tmp_path, gate)) for _ in range(2)]
     for process in processes:
