@@ -1,8 +1,8 @@
 """Products of a few or many rows with one matrix: PyTorch's kernels and ours, and the share of bandwidth they reach.
 
-Each candidate cycles through copies of its matrix that together exceed the caches, so weights come from memory as they do
-in a model, from large pages where the system gives them to a tensor. Candidates take turns, and the shortest of their
-times counts. What unpacks is for many rows.
+Each candidate cycles through copies of its matrix that together exceed the caches, so weights come from memory as they
+do in a model; tensors lie on large pages where the system has them. Candidates take turns, and the shortest of their
+times counts. Those that unpack are for many rows.
 
 python -m benchmarks.kernels
 python -m benchmarks.kernels --shape 5632,2048 --rows 1,2,4,8,16,32,128,512 --megabytes 128 --repeats 8

@@ -37,8 +37,6 @@ def load_library(
 ) -> ctypes.CDLL:
     """Load the library, after compiling it if the folder does not hold it yet.
 
-    Several processes may do this at once: each compiles into a file of its own, which takes the final name in one step.
-
     Args:
         flags: instruction sets to compile for; those of this CPU by default.
         folder: where it is kept; `cache_folder` by default.
@@ -53,15 +51,44 @@ def load_library(
         raise ValueError(f"{SWITCH} is {switch!r}; 0 (do without our kernels) or 1 was expected")
     if switch == "0":
         raise UnavailableError(f"{SWITCH} is 0")
-    flags = instruction_sets(cpu_features()) if flags is None else flags
     folder = cache_folder() if folder is None else folder
-    path = folder / f"kernels-{_fingerprint(flags)}.so"
     try:
-        if not path.exists():
-            _compile(path, flags, find_compiler(compiler or os.environ.get("CXX")))
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(compile_library(flags or instruction_sets(cpu_features()), folder, compiler)))
     except OSError as error:
-        raise UnavailableError(f"cannot write or load {path}: {error}; XDG_CACHE_HOME names another folder") from error
+        raise UnavailableError(f"cannot use {folder}: {error}; XDG_CACHE_HOME names another folder") from error
+
+
+def compile_library(flags: Sequence[str], folder: Path, compiler: str | None = None) -> Path:
+    """Compile the library, unless the folder holds it.
+
+    Several processes may do this at once: each compiles into a file of its own, which takes the final name in one step.
+
+    Returns:
+        Where it is. The name changes with the sources and the flags.
+
+    Raises:
+        UnavailableError: no compiler, or it failed.
+        OSError: the folder cannot be written to.
+    """
+    path = folder / f"kernels-{_fingerprint(flags)}.so"
+    if path.exists():
+        return path
+    command = find_compiler(compiler or os.environ.get("CXX"))
+    logger.info("compiling CPU kernels with %s into %s; once, some seconds", command[0], path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        made = Path(own) / path.name
+        command = [*command, *_FLAGS, *flags, *map(str, _sources()), "-o", str(made)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise UnavailableError(f"{command[0]} was not done after {_SECONDS:.0f} s") from error
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or ["it said nothing"]
+            complaint = next((line for line in lines if "error" in line), lines[-1])
+            raise UnavailableError(f"{command[0]} failed with status {done.returncode}: {complaint[:300]}")
+        os.replace(made, path)
+    return path
 
 
 def cpu_features() -> frozenset[str]:
@@ -123,20 +150,3 @@ def _fingerprint(flags: Sequence[str]) -> str:
 
 def _sources() -> list[Path]:
     return sorted(SOURCES.glob("*.cpp"))
-
-
-def _compile(path: Path, flags: Sequence[str], compiler: Sequence[str]) -> None:
-    logger.info("compiling CPU kernels with %s into %s; once, some seconds", compiler[0], path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        command = [*compiler, *_FLAGS, *flags, *map(str, _sources()), "-o", str(made)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise UnavailableError(f"{compiler[0]} was not done after {_SECONDS:.0f} s") from error
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or ["it said nothing"]
-            complaint = next((line for line in lines if "error" in line), lines[-1])
-            raise UnavailableError(f"{compiler[0]} failed with status {done.returncode}: {complaint[:300]}")
-        os.replace(made, path)

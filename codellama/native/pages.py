@@ -1,7 +1,7 @@
 """Large pages for memory that is read from end to end again and again, such as weights.
 
-A core that streams through pages of 4 KB stops at each to look where the next one is. This file knows nothing of what is
-in the memory.
+A core that streams through pages of 4 KB stops at each to look where the next one is. This file knows nothing of what
+is in the memory.
 """
 
 import ctypes
