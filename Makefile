@@ -26,6 +26,7 @@ fix: .venv/dev  ## what can be mended without thought
 bench: .venv/dev  ## small benchmarks; each prints a table and one line of JSON
 	.venv/bin/python -m benchmarks.prefill
 	.venv/bin/python -m benchmarks.decode
+	.venv/bin/python -m benchmarks.kernels
 	.venv/bin/python -m benchmarks.memory
 	.venv/bin/python -m benchmarks.load
 	.venv/bin/python -m benchmarks.serving

@@ -1,7 +1,8 @@
-"""Products of a few or many rows with one matrix: PyTorch's kernels and ours, and their share of the bandwidth.
+"""Products of a few or many rows with one matrix: PyTorch's kernels and ours, and the share of bandwidth they reach.
 
 Each candidate cycles through copies of its matrix that together exceed the caches, so weights come from memory as they
-do in a model. Candidates take turns, and the shortest of their times counts. What unpacks is for many rows.
+do in a model; tensors lie on large pages where the system has them. Candidates take turns, and the shortest of their
+times counts. Those that unpack are for many rows.
 
 python -m benchmarks.kernels
 python -m benchmarks.kernels --shape 5632,2048 --rows 1,2,4,8,16,32,128,512 --megabytes 128 --repeats 8
@@ -9,6 +10,7 @@ OMP_NUM_THREADS=1 python -m benchmarks.kernels --shape 11008,4096 --rows 1,8 --m
 """
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks.machine import bandwidth, report
 from codellama.native.kernels import Kernels, native_kernels
+from codellama.native.pages import use_huge_pages
 
 GROUP = 32
 MANY = 32  # rows from which the work is arithmetic, and two copies are enough
@@ -60,7 +63,9 @@ def kernels(
     wanted = [candidate for candidate in candidates(n, k) if only in candidate.name]
     if not wanted:
         raise ValueError(f"only is {only!r}, a part of no name here")
-    packed = [[c.pack() for _ in range(max(2, int(megabytes * 8e6 / (n * k * c.bits))))] for c in wanted]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns of some of its own kernels
+        packed = [[c.pack() for _ in range(max(2, int(megabytes * 8e6 / (n * k * c.bits))))] for c in wanted]
     table = []
     for count in [rows] if isinstance(rows, int) else rows:
         best = [float("inf")] * len(wanted)
@@ -92,36 +97,51 @@ def _seconds(copies: Sequence[Product], x: Tensor) -> float:
     return (time.perf_counter() - begin) / len(copies)
 
 
+def _copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    copy = torch.empty(weight.shape, dtype=dtype)
+    use_huge_pages(copy)
+    return copy.copy_(weight)
+
+
 def candidates(n: int, k: int) -> list[Candidate]:
     """List what can multiply by an [n, k] matrix here."""
     weight = torch.randn(n, k) / k**0.5
     native = native_kernels()
     return [
-        *_dense(weight, native),
+        *_dense(weight),
         *_int8(weight, native),
         *_int4(n, k, native),
     ]
 
 
-def _dense(weight: Tensor, native: Kernels | None) -> list[Candidate]:
+def _dense(weight: Tensor) -> list[Candidate]:
     bf16, fp32 = torch.bfloat16, torch.float32
 
     def linear(dtype: torch.dtype) -> Product:
-        copy = weight.to(dtype, copy=True)
+        copy = _copy(weight, dtype)
         return lambda x: F.linear(x, copy)
 
     def without_onednn() -> Product:
-        copy = weight.to(bf16)
+        copy = _copy(weight, bf16)
 
         def product(x: Tensor) -> Tensor:
-            with torch.backends.mkldnn.flags(enabled=False):
+            before = torch._C._get_mkldnn_enabled()
+            torch._C._set_mkldnn_enabled(False)  # the public way warns each time
+            try:
                 return F.linear(x, copy)
+            finally:
+                torch._C._set_mkldnn_enabled(before)
 
         return product
 
     def unpacked() -> Product:
-        copy = weight.to(bf16)
-        return lambda x: F.linear(x, copy.float())
+        copy, out = _copy(weight, bf16), torch.empty_like(weight)
+        return lambda x: F.linear(x, out.copy_(copy))
+
+    def blocked() -> Product:
+        # oneDNN's own order of the weights, which would have to be kept beside or instead of the checkpoint's.
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(bf16), None)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
     def fbgemm() -> Product:
         packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
@@ -133,16 +153,11 @@ def _dense(weight: Tensor, native: Kernels | None) -> list[Candidate]:
         Candidate("bf16 to fp32", fp32, 16, unpacked),
         Candidate("fp32 linear", fp32, 32, lambda: linear(fp32)),
     ]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found.append(Candidate("bf16 blocked", bf16, 16, blocked))
     if "fbgemm" in torch.backends.quantized.supported_engines:
         found.append(Candidate("fp16 fbgemm", fp32, 16, fbgemm))
-    if native is not None:
-        found.append(Candidate("bf16 ours", bf16, 16, lambda: _dense_ours(native, weight.to(bf16))))
-        found.append(Candidate("fp16 ours", fp32, 16, lambda: _dense_ours(native, weight.half())))
     return found
-
-
-def _dense_ours(native: Kernels, copy: Tensor) -> Product:
-    return lambda x: native.dense_linear(x, copy)
 
 
 def _int8(weight: Tensor, native: Kernels | None) -> list[Candidate]:
@@ -151,36 +166,45 @@ def _int8(weight: Tensor, native: Kernels | None) -> list[Candidate]:
     codes = (weight / scales[:, None]).round().to(torch.int8)
 
     def weight_only() -> Product:
-        copy, half = codes.clone(), scales.bfloat16()
+        copy, half = _copy(codes, torch.int8), scales.bfloat16()
         return lambda x: torch.ops.aten._weight_int8pack_mm(x, copy, half)
 
-    def dynamic(engine: str) -> Product:
-        before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = engine
-        try:
-            zeros = torch.zeros(len(codes), dtype=torch.int64)
-            matrix = torch._make_per_channel_quantized_tensor(codes, scales.double(), zeros, 0)
-            packed = torch.ops.quantized.linear_prepack(matrix, None)
-        finally:
-            torch.backends.quantized.engine = before
+    def quantized(columns: Tensor) -> Any:
+        matrix = torch._make_per_channel_quantized_tensor(columns, scales.double(), torch.zeros(len(scales)).long(), 0)
+        return torch.ops.quantized.linear_prepack(matrix, None)
+
+    def dynamic() -> Product:
+        packed = quantized(codes)
         return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
 
-    def ours() -> Product:
-        copy = codes.clone()
-        return lambda x: native.int8_linear(x, copy, scales)  # type: ignore[union-attr]
+    def dynamic_rows() -> Product:
+        # One range serves all rows of a call. Rows divided by their size, beside a 1 and a -1 that meet zeros, have the
+        # same range in every call, so that none depends on its neighbours.
+        packed, ends = quantized(F.pad(codes, (0, 2))), torch.tensor([1.0, -1.0])
 
-    def unpacked() -> Product:
-        copy = codes.clone()
-        return lambda x: F.linear(x, native.unpack_int8(copy, scales, x.dtype))  # type: ignore[union-attr]
+        def product(x: Tensor) -> Tensor:
+            sizes = x.abs().amax(1, keepdim=True)
+            scaled = torch.cat([x / sizes, ends.expand(len(x), 2)], 1)
+            return torch.ops.quantized.linear_dynamic(scaled, packed, True).mul_(sizes)
+
+        return product
+
+    def ours(native: Kernels) -> Product:
+        packed = native.pack_int8(codes)
+        return lambda x: native.int8_linear(x, packed, scales)
+
+    def unpacked(native: Kernels, dtype: torch.dtype) -> Product:
+        packed, out = native.pack_int8(codes), torch.empty(codes.shape, dtype=dtype)
+        return lambda x: F.linear(x, native.unpack_int8(packed, scales, out))
 
     found = [Candidate("int8 torch", bf16, 8, weight_only)]
-    for engine in ("fbgemm", "x86"):
-        if engine in torch.backends.quantized.supported_engines:
-            found.append(Candidate(f"int8 dyn. {engine}", fp32, 8, lambda engine=engine: dynamic(engine)))
+    if torch.backends.quantized.engine in ("fbgemm", "x86"):
+        found.append(Candidate("int8 dynamic", fp32, 8, dynamic))
+        found.append(Candidate("int8 dyn. rows", fp32, 8, dynamic_rows))
     if native is not None:
-        found.append(Candidate("int8 ours", bf16, 8, ours))
-        found.append(Candidate("int8 to bf16", bf16, 8, unpacked))
-        found.append(Candidate("int8 to fp32", fp32, 8, unpacked))
+        found.append(Candidate("int8 ours", bf16, 8, lambda: ours(native)))
+        found.append(Candidate("int8 to bf16", bf16, 8, lambda: unpacked(native, bf16)))
+        found.append(Candidate("int8 to fp32", fp32, 8, lambda: unpacked(native, fp32)))
     return found
 
 
@@ -191,25 +215,26 @@ def _int4(n: int, k: int, native: Kernels | None) -> list[Candidate]:
 
     def torchs() -> Product:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        packed = _copy(packed, packed.dtype)
         pairs = torch.stack([scales.t(), zeros.t()], dim=2).contiguous()
         return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, pairs)
 
-    def pack() -> Tensor:
-        return native.pack_int4(codes[:, 0::2] | codes[:, 1::2] << 4, scales, zeros)  # type: ignore[union-attr]
+    def pack(native: Kernels) -> Tensor:
+        return native.pack_int4(codes[:, 0::2] | codes[:, 1::2] << 4, scales, zeros)
 
-    def ours() -> Product:
-        packed = pack()
-        return lambda x: native.int4_linear(x, packed, n, GROUP)  # type: ignore[union-attr]
+    def ours(native: Kernels) -> Product:
+        packed = pack(native)
+        return lambda x: native.int4_linear(x, packed, n, GROUP)
 
-    def unpacked() -> Product:
-        packed = pack()
-        return lambda x: F.linear(x, native.unpack_int4(packed, n, k, GROUP, x.dtype))  # type: ignore[union-attr]
+    def unpacked(native: Kernels, dtype: torch.dtype) -> Product:
+        packed, out = pack(native), torch.empty(n, k, dtype=dtype)
+        return lambda x: F.linear(x, native.unpack_int4(packed, n, GROUP, out))
 
     found = [Candidate("int4 torch", bf16, 4 + 32 / GROUP, torchs)]
     if native is not None:
-        found.append(Candidate("int4 ours", bf16, 4 + 32 / GROUP, ours))
-        found.append(Candidate("int4 to bf16", bf16, 4 + 32 / GROUP, unpacked))
-        found.append(Candidate("int4 to fp32", fp32, 4 + 32 / GROUP, unpacked))
+        found.append(Candidate("int4 ours", bf16, 4 + 32 / GROUP, lambda: ours(native)))
+        found.append(Candidate("int4 to bf16", bf16, 4 + 32 / GROUP, lambda: unpacked(native, bf16)))
+        found.append(Candidate("int4 to fp32", fp32, 4 + 32 / GROUP, lambda: unpacked(native, fp32)))
     return found
 
 

@@ -91,11 +91,13 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 FEW_ROWS: dict[tuple[str, str], int] = {
     ("bfloat16", "avx512_bf16"): 8,
-    ("int8", "avx2"): 16,
-    ("int4", "avx2"): 16,
+    ("int8", "avx512_vnni"): 2**31,
+    ("int8", "avx2"): 64,
+    ("int4", "avx512_vnni"): 2**31,
+    ("int4", "avx2"): 64,
 }
-"""For a way to hold weights, and an instruction set of the CPU: rows of activations up to which our own kernel is
-faster than the dense product of the unpacked weight. `python -m benchmarks.kernels` measures it anew."""
+"""For a way to hold weights, and an instruction set of the CPU, the best first: rows of activations up to which our own
+kernel is faster than PyTorch's, and than the dense product of the unpacked weight. benchmarks/kernels.py measures."""
 
 
 def few_rows(held: str, device: torch.device) -> int:

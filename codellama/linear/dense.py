@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from codellama.linear.matrix import KERNEL_GROUP, Matrix, find_kernels
 from codellama.native.kernels import Kernels
+from codellama.native.pages import use_huge_pages
 
 LARGE = 2**21
 """Numbers of a matrix from which on our own kernel is looked for: a model of smaller ones stands in the processor's
@@ -26,6 +27,8 @@ class Dense(Matrix):
         """Make an empty matrix in the dtype of the activations."""
         super().__init__(out_features, in_features, compute)
         weight = torch.empty(out_features, in_features, dtype=compute, device=device)
+        if device.type == "cpu":
+            use_huge_pages(weight)
         self.register_buffer("weight", weight, persistent=False)  # the layers' parameters are what is saved
 
         self._few = 0

@@ -49,7 +49,7 @@ class Int4(Matrix):
         self.codes[start:stop], self.scales[start:stop], self.zeros[start:stop] = codes, scales, zeros
 
     def finish_(self) -> None:
-        """Pack for our own kernel, where it is the fastest here; the codes go."""
+        """Pack for our own kernels, where they are the fastest here; the codes go."""
         self._few, self._native = find_kernels("int4", self.codes.device)
         if self._native is not None:
             self.packed = self._native.pack_int4(self.codes, self.scales, self.zeros)
@@ -65,8 +65,9 @@ class Int4(Matrix):
         """Unpack the rows from start to stop."""
         if self._native is None:
             return unpack_int4(self.codes[start:stop], self.scales[start:stop], self.zeros[start:stop], self.compute)
-        sizes = self.out_features, self.in_features, self.group
-        return self._native.unpack_int4(self.packed, *sizes, self.compute, start, stop)
+        stop = self.out_features if stop is None else stop
+        out = torch.empty(stop - start, self.in_features, dtype=self.compute, device="cpu")
+        return self._native.unpack_int4(self.packed, self.out_features, self.group, out, start)
 
 
 def quantize_int4(rows: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,7 +46,7 @@ void multiply_block(const uint16_t* weights, const Activation* x, void* out, int
     }
   }
   for (int r = 0; r < ROWS; r++)
-    for (int c = 0; c < COLUMNS; c++) store_one(out, r * n + first + c, true, total(sums[r][c]));
+    for (int c = 0; c < COLUMNS; c++) store_some(out, r * n + first + c, true, all(total(sums[r][c])), 1);
 }
 
 // As many rows of weights at once as registers allow: many keep the memory busy where there is one row of activations.

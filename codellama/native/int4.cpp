@@ -21,8 +21,6 @@ struct Term {  // of 32 activations: a, -8 * a * (sum of xq), sum of x
   float scale, offset, sum;
 };
 
-typedef int32_t Four __attribute__((may_alias, aligned(4)));  // four activations, for all lanes
-
 uint32_t spread(uint32_t nibbles) {  // four nibbles to four bytes
   nibbles = (nibbles | nibbles << 8) & 0x00ff00ffu;
   return (nibbles | nibbles << 4) & 0x0f0f0f0fu;
@@ -31,12 +29,13 @@ uint32_t spread(uint32_t nibbles) {  // four nibbles to four bytes
 template <int ROWS>
 void multiply(const uint8_t* block, const int8_t* codes, const Term* terms, void* out, bool bf16, int64_t n, int64_t k,
               int64_t group, int64_t first) {
+  constexpr bool ASK = ROWS >= LEAST_ASKING;
   Floats sums[ROWS];
   for (int r = 0; r < ROWS; r++) sums[r] = zeros();
   const int64_t parts = k / 32;
   int64_t part = 0;
   while (part < parts) {
-    ask_for(block + AHEAD);
+    if (ASK) ask_for(block + AHEAD);
     const Floats scale = load_bf16(reinterpret_cast<const uint16_t*>(block));
     const Floats zero = load_bf16(reinterpret_cast<const uint16_t*>(block) + LANES);
     block += 4 * LANES;
@@ -46,7 +45,7 @@ void multiply(const uint8_t* block, const int8_t* codes, const Term* terms, void
       Ints* const others = ROWS <= MOST_ROWS / 4 ? more : dots;
       for (int r = 0; r < ROWS; r++) dots[r] = more[r] = no_ints();
       for (int piece = 0; piece < 4; piece++, block += PIECE) {
-        ask_for(block + AHEAD);
+        if (ASK) ask_for(block + AHEAD);
         const Ints both = load_ints(block), low = bits_and(both, all_ints(0x0f0f0f0f)), high = high_nibbles(both);
         for (int r = 0; r < ROWS; r++) {
           const Four* fours = reinterpret_cast<const Four*>(codes + (part * ROWS + r) * 32 + piece * 8);
@@ -73,25 +72,6 @@ constexpr Multiply MULTIPLY[] = {
     multiply<5>, multiply<6>, multiply<7>, multiply<8>,
 #endif
 };
-
-// Eight registers of eight 32-bit lanes, transposed.
-void transpose(__m256i a[8]) {
-  __m256i b[8];
-  for (int i = 0; i < 4; i++) {
-    b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-    b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; i++)
-    for (int j = 0; j < 2; j++) {
-      a[4 * i + 2 * j] = _mm256_unpacklo_epi64(b[4 * i + j], b[4 * i + j + 2]);
-      a[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(b[4 * i + j], b[4 * i + j + 2]);
-    }
-  for (int i = 0; i < 4; i++) {
-    b[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
-    b[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
-  }
-  memcpy(a, b, sizeof(b));
-}
 
 float bf16_to_float(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
@@ -135,16 +115,10 @@ EXPORT void int4_linear(const void* x, int bf16, const uint8_t* packed, void* ou
   Scratch code_memory(rows * k), term_memory(rows * parts * int64_t(sizeof(Term)));
   int8_t* codes = static_cast<int8_t*>(code_memory.data);
   Term* terms = static_cast<Term*>(term_memory.data);
-  // Rows that are multiplied together stand together: a group of 32 of each row, then the next group.
-  for (int64_t row = 0; row < rows; row++)
-    for (int64_t part = 0; part < parts; part++) {
-      const int64_t head = row / MOST_ROWS * MOST_ROWS, beside = smaller(rows - head, MOST_ROWS);
-      const int64_t at = head * parts + part * beside + row - head;
-      const Rounded rounded = round_group(x, row * k + part * 32, bf16, codes + at * 32);
-      int32_t sum = 0;
-      for (int i = 0; i < 32; i++) sum += codes[at * 32 + i];
-      terms[at] = {rounded.scale, -8.0f * rounded.scale * float(sum), rounded.sum};
-    }
+  for_groups(rows, parts, [&](int64_t from, int64_t to) {
+    const Rounded rounded = round_group(x, from * 32, bf16, codes + to * 32);
+    terms[to] = {rounded.scale, -8.0f * rounded.scale * float(rounded.code_sum), rounded.sum};
+  });
   over_parts((n + LANES - 1) / LANES, threads, [&](int64_t start, int64_t stop) {
     for (int64_t block = start; block < stop; block++)
       for (int64_t row = 0; row < rows; row += MOST_ROWS) {
@@ -182,10 +156,12 @@ EXPORT void unpack_int4(const uint8_t* packed, void* out, int bf16, int64_t k, i
               const Floats scale = all(bf16_to_float(scales[half * 8 + lane]));
               const Floats zero = all(bf16_to_float(scales[LANES + half * 8 + lane]));
               const int64_t at = (row - first) * k + g * group + part * 32;
-              for (int i = 0; i < 32; i += LANES) {
-                const Ints centred = minus(widen_unsigned(codes + i), all_ints(8));
-                store_as(out, at + i, bf16, times_add(to_floats(centred), scale, zero));
+              Floats weights[32 / LANES];
+              for (int i = 0; i < 32 / LANES; i++) {
+                const Ints centred = minus(widen_unsigned(codes + i * LANES), all_ints(8));
+                weights[i] = times_add(to_floats(centred), scale, zero);
               }
+              store_weights(out, at, bf16, weights);
             }
           }
       }

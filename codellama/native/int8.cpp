@@ -1,115 +1,139 @@
-// Products with 8-bit weights, one scale for each output: w = q * scale. The matrix is read as it is stored, [N, K].
+// Products with 8-bit weights, one scale for each output: w = q * scale.
 //
-// Activations become signed bytes, in groups of 32 with a scale each. Lanes run along K; each holds four inputs.
+// Layout of a packed matrix: blocks of LANES outputs; in a block, pieces of four inputs by LANES outputs, a lane's four
+// bytes together. So a block is one stream in memory, and a register of it meets four activations that all lanes share.
+//
+// Activations become signed bytes, in groups of 32 with a scale each.
 
 #include "vectors.h"
 
 namespace {
 
-constexpr int64_t STEP = 4 * LANES;  // inputs that one register of codes holds
-constexpr int64_t AHEAD = 1024;
+constexpr int64_t PIECE = 4 * LANES;  // bytes for 4 inputs of a block
+constexpr int64_t AHEAD = 2048;
 
-// What a product with w needs of w alone. dpbusd wants one unsigned side: activations are stored with 128 added, and
-// here is what has to be taken off again. AVX2 has no such instruction; there one side gives its signs to the other.
+struct Term {  // of 32 activations: the scale, and where a sum of products begins
+  float scale;
+  int32_t start;
+};
+
+// dpbusd wants one unsigned side: weights are stored with 128 added, and a sum begins at -128 * (sum of xq). AVX2 has no
+// such instruction; there the activations give their signs to the weights, and 2 * 128 * 127 fits the 16 bits between.
 #if WIDE
-constexpr char FLIP = char(0x80);
-inline Ints prepare(Ints w) { return minus(no_ints(), _mm512_dpbusd_epi32(no_ints(), _mm512_set1_epi8(FLIP), w)); }
-inline Ints multiply(Ints prepared, Ints w, Ints x) { return _mm512_dpbusd_epi32(prepared, x, w); }
-inline Ints load_codes(const int8_t* from, int64_t count) {
-  if (count >= STEP) return load_ints(from);
-  return _mm512_maskz_loadu_epi8((uint64_t(1) << count) - 1, from);
-}
+constexpr int FLIP = 0x80;
+inline Ints add_signed(Ints sum, Ints w, Ints x) { return _mm512_dpbusd_epi32(sum, w, x); }
 #else
-constexpr char FLIP = 0;
-inline Ints prepare(Ints w) { return _mm256_abs_epi8(w); }
-inline Ints multiply(Ints prepared, Ints w, Ints x) {  // 2 * 128 * 127 fits 16 bits
-  return _mm256_madd_epi16(_mm256_maddubs_epi16(prepared, _mm256_sign_epi8(x, w)), _mm256_set1_epi16(1));
+constexpr int FLIP = 0;
+inline Ints add_signed(Ints sum, Ints w, Ints x) {
+  const Ints pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-inline Ints load_codes(const int8_t* from, int64_t) { return load_ints(from); }
 #endif
 
-// COLUMNS outputs at a time, so that what is loaded of the activations serves several.
-template <int ROWS, int COLUMNS>
-void multiply_rows(const int8_t* codes, const float* scales, const int8_t* x, const float* xs, void* out, bool bf16,
-                   int64_t n, int64_t k, int64_t first) {
-  Floats sums[ROWS][COLUMNS];
-  for (int r = 0; r < ROWS; r++)
-    for (int c = 0; c < COLUMNS; c++) sums[r][c] = zeros();
-  for (int64_t at = 0; at < k; at += STEP, x += ROWS * STEP, xs += ROWS * LANES) {
-    Ints w[COLUMNS], prepared[COLUMNS];
-    for (int c = 0; c < COLUMNS; c++) {
-      const int8_t* from = codes + (first + c) * k + at;
-      ask_for(from + AHEAD);
-      w[c] = load_codes(from, k - at);
-      prepared[c] = prepare(w[c]);
+template <int ROWS>
+void multiply(const uint8_t* block, const float* scales, const int8_t* codes, const Term* terms, void* out, bool bf16,
+              int64_t n, int64_t k, int64_t first) {
+  constexpr bool ASK = ROWS >= LEAST_ASKING;
+  Floats sums[ROWS];
+  for (int r = 0; r < ROWS; r++) sums[r] = zeros();
+  for (int64_t part = 0; part < k / 32; part++, codes += ROWS * 32, terms += ROWS) {
+    // With few rows a second sum keeps one product from waiting for the other. Integers add up alike.
+    Ints dots[ROWS], more[ROWS];
+    Ints* const others = ROWS <= MOST_ROWS / 4 ? more : dots;
+    for (int r = 0; r < ROWS; r++) dots[r] = all_ints(terms[r].start), more[r] = no_ints();
+    for (int piece = 0; piece < 8; piece += 2, block += 2 * PIECE) {
+      if (ASK) ask_for(block + AHEAD);
+      if (ASK && PIECE == 64) ask_for(block + AHEAD + 64);
+      const Ints even = load_ints(block), odd = load_ints(block + PIECE);
+      for (int r = 0; r < ROWS; r++) {
+        const Four* fours = reinterpret_cast<const Four*>(codes + r * 32 + piece * 4);
+        dots[r] = add_signed(dots[r], even, all_ints(fours[0]));
+        others[r] = add_signed(others[r], odd, all_ints(fours[1]));
+      }
     }
     for (int r = 0; r < ROWS; r++) {
-      const Ints bytes = load_ints(x + r * STEP);
-      const Floats scale = load(xs + r * LANES);
-      for (int c = 0; c < COLUMNS; c++)
-        sums[r][c] = times_add(to_floats(multiply(prepared[c], w[c], bytes)), scale, sums[r][c]);
+      if (others == more) dots[r] = plus(dots[r], more[r]);
+      sums[r] = times_add(to_floats(dots[r]), all(terms[r].scale), sums[r]);
     }
   }
-  for (int r = 0; r < ROWS; r++)
-    for (int c = 0; c < COLUMNS; c++) store_one(out, r * n + first + c, bf16, total(sums[r][c]) * scales[first + c]);
+  const int64_t count = smaller(n - first, LANES);
+  float own[LANES] = {};
+  memcpy(own, scales + first, size_t(count * 4));
+  for (int r = 0; r < ROWS; r++) store_some(out, r * n + first, bf16, times(sums[r], load(own)), count);
 }
 
-template <int ROWS>
-void multiply_all(const int8_t* codes, const float* scales, const int8_t* x, const float* xs, void* out, bool bf16,
-                  int64_t n, int64_t k, int64_t start, int64_t stop) {
-  constexpr int COLUMNS = ROWS <= 4 && WIDE ? 4 : 2;
-  for (; start + COLUMNS <= stop; start += COLUMNS)
-    multiply_rows<ROWS, COLUMNS>(codes, scales, x, xs, out, bf16, n, k, start);
-  for (; start < stop; start++) multiply_rows<ROWS, 1>(codes, scales, x, xs, out, bf16, n, k, start);
-}
-
-typedef void (*Multiply)(const int8_t*, const float*, const int8_t*, const float*, void*, bool, int64_t, int64_t, int64_t,
+typedef void (*Multiply)(const uint8_t*, const float*, const int8_t*, const Term*, void*, bool, int64_t, int64_t,
                          int64_t);
 constexpr Multiply MULTIPLY[] = {
-    nullptr, multiply_all<1>, multiply_all<2>, multiply_all<3>, multiply_all<4>,
+    nullptr, multiply<1>, multiply<2>, multiply<3>, multiply<4>,
 #if WIDE
-    multiply_all<5>, multiply_all<6>, multiply_all<7>, multiply_all<8>,
+    multiply<5>, multiply<6>, multiply<7>, multiply<8>,
 #endif
 };
 
 }  // namespace
 
-EXPORT void int8_linear(const void* x, int bf16, const int8_t* codes, const float* scales, void* out, int64_t rows,
-                        int64_t n, int64_t k, int threads) {
-  const int64_t steps = (k + STEP - 1) / STEP, width = steps * STEP;
-  Scratch byte_memory(rows * width), scale_memory(rows * steps * LANES * 4);
-  int8_t* bytes = static_cast<int8_t*>(byte_memory.data);
-  float* xs = static_cast<float*>(scale_memory.data);
-  // Rows that are multiplied together stand together: a register of each row, then the next one of each.
-  for (int64_t row = 0; row < rows; row++)
-    for (int64_t group = 0; group < width / 32; group++) {
-      const int64_t head = row / MOST_ROWS * MOST_ROWS, beside = smaller(rows - head, MOST_ROWS);
-      const int64_t step = head * steps + group * 32 / STEP * beside + row - head, within = group * 32 % STEP;
-      int8_t* to = bytes + step * STEP + within;
-      float scale = 0.0f;
-      if (group * 32 < k) scale = round_group(x, row * k + group * 32, bf16, to).scale;
-      else memset(to, 0, 32);
-      for (int i = 0; i < 32; i++) to[i] ^= FLIP;
-      for (int lane = 0; lane < 8; lane++) xs[step * LANES + within / 4 + lane] = scale;
+EXPORT int64_t packed_int8_bytes(int64_t n, int64_t k) { return (n + LANES - 1) / LANES * LANES * k; }
+
+EXPORT void pack_int8(const uint8_t* codes, uint8_t* packed, int64_t n, int64_t k, int threads) {
+  over_parts((n + LANES - 1) / LANES, threads, [&](int64_t start, int64_t stop) {
+    memset(packed + start * LANES * k, 0, size_t((stop - start) * LANES * k));
+    for (int64_t row = start * LANES; row < smaller(stop * LANES, n); row++) {
+      uint8_t* to = packed + row / LANES * LANES * k + row % LANES * 4;
+      for (int64_t at = 0; at < k; at += 4, to += PIECE) {
+        uint32_t four;
+        memcpy(&four, codes + row * k + at, 4);
+        four ^= FLIP * 0x01010101u;
+        memcpy(to, &four, 4);
+      }
     }
-  over_parts(n, threads, [&](int64_t start, int64_t stop) {
-    // A few outputs at a time for all rows, so that the second eight rows find the codes near.
-    for (; start < stop; start += 8)
+  });
+}
+
+EXPORT void int8_linear(const void* x, int bf16, const uint8_t* packed, const float* scales, void* out, int64_t rows,
+                        int64_t n, int64_t k, int threads) {
+  const int64_t parts = k / 32;
+  Scratch code_memory(rows * k), term_memory(rows * parts * int64_t(sizeof(Term)));
+  int8_t* codes = static_cast<int8_t*>(code_memory.data);
+  Term* terms = static_cast<Term*>(term_memory.data);
+  for_groups(rows, parts, [&](int64_t from, int64_t to) {
+    const Rounded rounded = round_group(x, from * 32, bf16, codes + to * 32);
+    terms[to] = {rounded.scale, -FLIP * rounded.code_sum};
+  });
+  over_parts((n + LANES - 1) / LANES, threads, [&](int64_t start, int64_t stop) {
+    for (int64_t block = start; block < stop; block++)
       for (int64_t row = 0; row < rows; row += MOST_ROWS) {
         char* to = static_cast<char*>(out) + row * n * (bf16 ? 2 : 4);
-        MULTIPLY[smaller(rows - row, MOST_ROWS)](codes, scales, bytes + row * width, xs + row * steps * LANES, to, bf16, n,
-                                                 k, start, smaller(start + 8, stop));
+        MULTIPLY[smaller(rows - row, MOST_ROWS)](packed + block * LANES * k, scales, codes + row * k, terms + row * parts,
+                                                 to, bf16, n, k, block * LANES);
       }
   });
 }
 
-EXPORT void unpack_int8(const int8_t* codes, const float* scales, void* out, int bf16, int64_t n, int64_t k,
-                        int threads) {
-  over_parts(n, threads, [&](int64_t start, int64_t stop) {
-    for (int64_t row = start; row < stop; row++) {
-      const Floats scale = all(scales[row]);
-      for (int64_t at = row * k; at < (row + 1) * k; at += LANES)
-        store_as(out, at, bf16, times(to_floats(widen_signed(codes + at)), scale));
-    }
+EXPORT void unpack_int8(const uint8_t* packed, const float* scales, void* out, int bf16, int64_t k, int64_t first,
+                        int64_t last, int threads) {
+  const int64_t from = first / LANES, to = (last + LANES - 1) / LANES;
+  over_parts(to - from, threads, [&](int64_t start, int64_t stop) {
+    for (int64_t block = from + start; block < from + stop; block++)
+      for (int64_t part = 0; part < k / 32; part++)
+        for (int half = 0; half < LANES / 8; half++) {
+          const uint8_t* piece = packed + block * LANES * k + part * 8 * PIECE + half * 32;
+          __m256i eight[8];
+          for (int i = 0; i < 8; i++, piece += PIECE)
+            eight[i] = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(piece)),
+                                        _mm256_set1_epi8(char(FLIP)));
+          transpose(eight);
+          for (int lane = 0; lane < 8; lane++) {
+            const int64_t row = block * LANES + half * 8 + lane;
+            if (row < first || row >= last) continue;
+            int8_t codes[32];
+            memcpy(codes, &eight[lane], 32);
+            const int64_t at = (row - first) * k + part * 32;
+            Floats weights[32 / LANES];
+            for (int i = 0; i < 32 / LANES; i++)
+              weights[i] = times(to_floats(widen_signed(codes + i * LANES)), all(scales[row]));
+            store_weights(out, at, bf16, weights);
+          }
+        }
   });
 }

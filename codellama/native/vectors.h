@@ -21,6 +21,8 @@ extern "C" int omp_get_num_threads(void);
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Have memory brought near before it is needed: across the end of a page, where the CPU does not look by itself.
+// The work of a few rows is so short that the CPU's own look ahead keeps up, and asking only disturbs it.
+constexpr int LEAST_ASKING = 4;
 static inline void ask_for(const void* place) { _mm_prefetch(static_cast<const char*>(place), _MM_HINT_T0); }
 
 // Call body(start, stop) on every thread, for equal parts of [0, count).
@@ -70,6 +72,7 @@ static inline Ints all_ints(int value) { return _mm512_set1_epi32(value); }
 static inline Ints no_ints() { return _mm512_setzero_si512(); }
 static inline Ints bits_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
 static inline Ints high_nibbles(Ints a) { return bits_and(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+static inline Ints plus(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 static inline Ints minus(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
 static inline Ints widen_unsigned(const uint8_t* from) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -127,6 +130,7 @@ static inline Ints all_ints(int value) { return _mm256_set1_epi32(value); }
 static inline Ints no_ints() { return _mm256_setzero_si256(); }
 static inline Ints bits_and(Ints a, Ints b) { return _mm256_and_si256(a, b); }
 static inline Ints high_nibbles(Ints a) { return bits_and(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
+static inline Ints plus(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 static inline Ints minus(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
 static inline Ints widen_unsigned(const uint8_t* from) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
@@ -187,7 +191,17 @@ static inline void store_some(void* to, int64_t at, bool bf16, Floats value, int
   memcpy(static_cast<char*>(to) + at * size, lanes, size_t(count * size));
 }
 
-static inline void store_one(void* to, int64_t at, bool bf16, float value) { store_some(to, at, bf16, all(value), 1); }
+// Store 32 finite weights. In bfloat16, those below 1e-38 may become zero: that is what the instruction for it does.
+static inline void store_weights(void* to, int64_t at, bool bf16, const Floats weights[32 / LANES]) {
+#if WIDE && defined(__AVX512BF16__)
+  if (bf16) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(weights[1], weights[0]);
+    memcpy(static_cast<uint16_t*>(to) + at, &both, 64);
+    return;
+  }
+#endif
+  for (int i = 0; i < 32 / LANES; i++) store_as(to, at + i * LANES, bf16, weights[i]);
+}
 
 // Memory of a call, aligned to a cache line.
 struct Scratch {
@@ -204,6 +218,7 @@ struct Scratch {
 // that it is seen in the result.
 struct Rounded {
   float scale, sum;
+  int32_t code_sum;
 };
 static inline Rounded round_group(const void* x, int64_t at, bool bf16, int8_t* to) {
   Floats values[32 / LANES], most = zeros(), sum = zeros();
@@ -214,5 +229,39 @@ static inline Rounded round_group(const void* x, int64_t at, bool bf16, int8_t* 
   }
   const float top = largest(most), added = total(sum), inverse = top > 0 ? 127.0f / top : 0.0f;
   for (int i = 0; i < 32 / LANES; i++) store_bytes(to + i * LANES, to_ints(times(values[i], all(inverse))));
-  return {top / 127.0f + added * 0.0f, added};
+  int32_t code_sum = 0;
+  for (int i = 0; i < 32; i++) code_sum += to[i];
+  return {top / 127.0f + added * 0.0f, added, code_sum};
+}
+
+// Call body(from, to) for each group of 32 activations: its place among the rows, and its place where rows that are
+// multiplied together stand together, a group of each row and then the next group of each.
+template <typename Body>
+static void for_groups(int64_t rows, int64_t parts, const Body& body) {
+  for (int64_t head = 0; head < rows; head += MOST_ROWS) {
+    const int64_t beside = smaller(rows - head, MOST_ROWS);
+    for (int64_t r = 0; r < beside; r++)
+      for (int64_t part = 0; part < parts; part++) body((head + r) * parts + part, head * parts + part * beside + r);
+  }
+}
+
+typedef int32_t Four __attribute__((may_alias, aligned(4)));  // four activations, for all lanes
+
+// Eight registers of eight 32-bit lanes, transposed.
+static inline void transpose(__m256i a[8]) {
+  __m256i b[8];
+  for (int i = 0; i < 4; i++) {
+    b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++)
+    for (int j = 0; j < 2; j++) {
+      a[4 * i + 2 * j] = _mm256_unpacklo_epi64(b[4 * i + j], b[4 * i + j + 2]);
+      a[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(b[4 * i + j], b[4 * i + j + 2]);
+    }
+  for (int i = 0; i < 4; i++) {
+    b[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
+    b[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
+  }
+  memcpy(a, b, sizeof(b));
 }
