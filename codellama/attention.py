@@ -160,7 +160,7 @@ class AttentionPlan:
         assert cache is not None, "rows are rows of a cache"
         B, _, H, D = query.shape
         K = cache.keys[layer].shape[1]
-        kind = _number_kind(query, cache, H // K) if cache.scales is None else torch.float32
+        kind = _number_kind(query, cache, H // K)
         converted = kind != cache.keys[layer].dtype
         grouped = query.view(B, K, H // K, D).to(kind)  # the heads that share a key become the rows of its query
         if len(self._groups) == 1 and not converted:
@@ -171,13 +171,12 @@ class AttentionPlan:
         mixed = torch.zeros_like(grouped) if self._padded else torch.empty_like(grouped)
         for rows, length, mask in self._groups:
             size = len(range(*rows.indices(B)))
-            for heads, tiles in _tiles(K, length, size * D, kind, converted):
+            for heads, tiles in _tiles(K, length, size * D * kind.itemsize, converted, whole=mask is not None):
                 part = grouped[rows, heads]
                 if len(tiles) == 1:
                     keys, values = self._read(layer, rows, heads, tiles[0], kind)
                     mixed[rows, heads] = F.scaled_dot_product_attention(part, keys, values, attn_mask=mask)
                     continue
-                assert mask is None, "what is masked is read at once"
                 sums: tuple[Tensor, Tensor] | None = None
                 for tile in tiles:
                     found = _partial(part, *self._read(layer, rows, heads, tile, kind), causal=False)
@@ -195,7 +194,8 @@ class AttentionPlan:
         G = grouped.shape[1]
         result = mixed.view(t, K, G, D).permute(1, 2, 0, 3)
         rows = slice(row, row + 1)
-        for heads, tiles in _tiles(K, start, D, kind, converted=kind != cache.keys[layer].dtype):
+        converted = kind != cache.keys[layer].dtype
+        for heads, tiles in _tiles(K, start, D * kind.itemsize, converted, own=t):
             part = grouped[heads].to(kind)  # [k, G, t, D]
             flat = part.reshape(1, part.shape[0], G * t, D)  # heads that share a key are rows of its query
             keys, values = self._read(layer, rows, heads, slice(start, start + t), kind)
@@ -219,11 +219,11 @@ class AttentionPlan:
 
 
 def _number_kind(query: Tensor, cache: KVCache, queries: int) -> torch.dtype:
-    """The dtype to attend in: float32 on a CPU for few queries, where 16-bit attention is several times slower."""
+    """The dtype to attend in: on a CPU float32 for few queries, where 16-bit attention is slower, and for codes."""
     if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
         return query.dtype
     computes = query.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return query.dtype if computes and queries >= _MANY else torch.float32
+    return query.dtype if computes and queries >= _MANY and cache.scales is None else torch.float32
 
 
 def _seen(positions: Tensor, length: int) -> Tensor:
@@ -256,12 +256,21 @@ def _group(slots: Slots, positions: Tensor, cache: KVCache) -> list[tuple[slice,
 
 
 def _tiles(
-    n_heads: int, length: int, head_dim: int, kind: torch.dtype, converted: bool
+    n_heads: int, length: int, position_bytes: int, converted: bool, *, own: int = 0, whole: bool = False
 ) -> Iterator[tuple[slice, list[slice]]]:
-    """Heads, and the positions of each tile of theirs; numbers that are converted come in tiles of READ_BYTES."""
-    fitting = max(1, READ_BYTES // (2 * head_dim * kind.itemsize)) if converted else max(1, n_heads * length)
-    size = min(max(1, length), fitting)
-    step = max(1, fitting // size) if converted else n_heads
+    """Heads, and the tiles of their positions that are read at once.
+
+    Args:
+        n_heads: key/value heads.
+        length: positions.
+        position_bytes: of a key, or of a value, of one head at one position, of all rows that are read together.
+        converted: numbers that are converted come in tiles of READ_BYTES; others are read where they are.
+        own: positions that are read at once beside them.
+        whole: all positions of a head have to be read at once, since they are masked.
+    """
+    fitting = max(1, READ_BYTES // (2 * position_bytes)) if converted else n_heads * max(length, own)
+    size = max(1, length if whole else min(length, fitting))
+    step = max(1, fitting // max(size, own))
     for first in range(0, n_heads, step):
         yield (
             slice(first, min(first + step, n_heads)),
