@@ -150,7 +150,8 @@ def test_an_int8_cache_rounds_each_vector_by_itself() -> None:
     key[0, 7] = 0
     cache.rows(2, 3).write_(1, Slots.find(torch.arange(64)[None]), key, -key)
     everything = slice(None)
-    keys, values = cache.read(1, slice(2, 3), everything, everything, torch.float32)
+    where = (1, slice(2, 3), everything, everything, torch.float32)
+    keys, values = cache.read_keys(*where), cache.read_values(*where)
     wanted = key.transpose(1, 2)
     largest = wanted.abs().amax(dim=-1, keepdim=True)
     assert ((keys - wanted).abs() <= 0.51 * largest / 127).all(), "half a step"
@@ -178,4 +179,6 @@ def test_rows_of_an_int8_cache_are_copied_and_forgotten(model: Transformer) -> N
     cache.zero_()
     everything = slice(None)
     for layer in range(tiny.ARGS.n_layers):
-        assert not any(held.any() for held in cache.read(layer, everything, everything, everything, torch.float32))
+        where = (layer, everything, everything, everything, torch.float32)
+        assert not cache.read_keys(*where).any()
+        assert not cache.read_values(*where).any()
