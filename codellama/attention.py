@@ -120,7 +120,8 @@ class AttentionPlan:
         if positions.shape[1] == 1:
             self._groups = _group(self._slots, positions, cache)
         if positions.device.type == "cpu" and cache.keys[0].dtype != torch.float32:
-            self._scratch = torch.empty(READ_BYTES // 4)  # for all layers: new memory costs more than conversion
+            size = min(READ_BYTES // 8, cache.keys[0].numel())  # keys or values, so a half
+            self._scratch = torch.empty(size)  # for all layers: new memory costs more than conversion
 
     def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Turn `[B, T, heads, D]` by their positions."""

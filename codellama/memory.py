@@ -67,9 +67,13 @@ class Budget:
         per_logits = logits_bytes(args.vocab_size, self.itemsize)
         score = 2 * chunk * args.dim * self.itemsize + min(LOGITS_BYTES, chunk * per_logits)
         rows = runtime.max_batch_size
-        decode = rows * (self._token_bytes() + runtime.max_seq_len * (1 + self.itemsize) + per_logits)
-        if runtime.cache_dtype is not None:  # at least one head of all rows is converted at once
-            decode += max(READ_BYTES, rows * runtime.max_seq_len * 2 * 4 * args.head_dim)
+        weights = (
+            20 * args.n_heads // self.size
+        )  # of one position in decoding: scores, softmax, and where its values are
+        decode = rows * (self._token_bytes() + runtime.max_seq_len * weights + per_logits)
+        decode += min(READ_BYTES, rows * runtime.max_seq_len * 2 * 4 * self._kv_dim)  # converted
+        if runtime.cache_dtype is not None:  # a GPU converts one head of all rows at once
+            decode += rows * runtime.max_seq_len * 2 * 4 * args.head_dim
             prefill += READ_BYTES
         return max(prefill, score, decode + 6 * 8 * args.vocab_size)  # sampling computes in float64, row by row
 

@@ -1,12 +1,15 @@
 """The serving benchmark, on a server of the demo checkpoint in this process."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.attention import attention
+from benchmarks.context import context
 from benchmarks.serving import measure, percentile, write_random
 from codellama.assembly import DEMO
 from codellama.checkpoint import open_checkpoint
@@ -45,3 +48,13 @@ def test_the_random_checkpoint_can_be_loaded(tmp_path: Path) -> None:
     assert tokenizer.encode(text, bos=True, eos=False) == Tokenizer(DEMO / "tokenizer.model").encode(
         text, bos=True, eos=False
     )
+
+
+def test_attention_and_long_contexts_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    attention(rows=(1, 2), lengths=16, chunks=8, heads=4, kv_heads=2, head_dim=16, rounds=1)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["case"] for row in found["rows"]] == ["decode", "decode", "ragged", "chunk"] * 2
+    context(lengths=200, dim=64, dtype="float32", cache_dtype="int8", rounds=1)
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert row["s"] > 0
+    assert row["ratio"] == pytest.approx(row["s"] / (row["linears_s"] + row["attention_s"]))
