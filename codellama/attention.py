@@ -177,7 +177,7 @@ class AttentionPlan:
             if small and native and rows is _ALL:
                 keys, values = self._read(layer, rows, _ALL, slice(length), kind)
                 return F.scaled_dot_product_attention(grouped, keys, values, mask).view(query.shape)
-            if not small and not (native and H // K > _SHARED):
+            if not small and not (native and (H // K > _SHARED or held.itemsize == 2)):
                 mixed[rows] = self._sum_values(layer, rows, self._weigh(layer, rows, length, part, mask))
                 continue
             for heads, _ in _tiles(K, length, part.shape[0] * D * kind.itemsize, kind != held.dtype, whole=True):
