@@ -107,7 +107,7 @@ def equip(
         model.args,
         rows=runtime.max_batch_size,
         max_seq_len=runtime.max_seq_len,
-        dtype=weight.dtype,
+        dtype=weight.dtype if runtime.cache_dtype is None else torch.int8,
         device=weight.device,
         model_parallel_size=parallel.size,
     )

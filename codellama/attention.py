@@ -24,6 +24,8 @@ from codellama.memory import QUERY_TILE, READ_BYTES
 _ALL = slice(None)
 _TURN_TILE = 64  # tokens whose float32 copy exists at once: it stays in the processor's cache
 _MANY = 4  # queries for a key head from which 16-bit attention is as fast as conversion to float32
+_SHARED = 8  # query heads for a key head up to which values are cheaper summed than multiplied
+_SMALL_BYTES = 2**18  # of keys and values, up to which one call costs less than several that read faster
 _SLICE_BYTES = 3 * 2**17  # of keys and values that are read in the time that one more call takes
 
 
@@ -100,6 +102,7 @@ class AttentionPlan:
         self._cache = cache
         self._scratch: Tensor | None = None
         self._groups: list[tuple[slice, int, Tensor | None]] = []
+        self._lines: dict[tuple[tuple[int, ...], tuple[int, int]], tuple[Tensor, Tensor]] = {}
         if cache is None:
             return
         if on_device is None:
@@ -116,6 +119,9 @@ class AttentionPlan:
         self._padded = sum(stop - start for _, start, stop in spans) < positions.numel()  # some of it is nobody's
         if positions.shape[1] == 1:
             self._groups = _group(self._slots, positions, cache)
+        if positions.device.type == "cpu" and cache.keys[0].dtype != torch.float32:
+            size = min(READ_BYTES // 8, cache.keys[0].numel())  # keys or values, so a half
+            self._scratch = torch.empty(size)  # for all layers: new memory costs more than conversion
 
     def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Turn `[B, T, heads, D]` by their positions."""
@@ -145,7 +151,7 @@ class AttentionPlan:
             return self._attend_one(layer, query)
         kind = _number_kind(query, cache, query.shape[1] * (query.shape[2] // key.shape[2]))
         if self._whole:  # padding is behind all that is real, so no real token sees it
-            keys, values = cache.read(layer, _ALL, _ALL, slice(query.shape[1]), kind)
+            keys, values = self._read(layer, _ALL, _ALL, slice(query.shape[1]), kind)
             return _causal(query.to(kind), keys, values).type_as(query)
         mixed = torch.zeros_like(query) if self._padded else torch.empty_like(query)
         for row, start, stop in self._slots.spans or ():
@@ -158,33 +164,87 @@ class AttentionPlan:
         """Mix one token of each row: `[B, 1, H, D]`."""
         cache = self._cache
         assert cache is not None, "rows are rows of a cache"
+        held = cache.keys[layer]
         B, _, H, D = query.shape
-        K = cache.keys[layer].shape[1]
-        kind = _number_kind(query, cache, H // K) if cache.scales is None else torch.float32
-        converted = kind != cache.keys[layer].dtype
-        grouped = query.view(B, K, H // K, D).to(kind)  # the heads that share a key become the rows of its query
-        if len(self._groups) == 1 and not converted:
-            rows, length, mask = self._groups[0]
-            if grouped[rows].shape[0] == B:
-                keys, values = cache.read(layer, rows, _ALL, slice(length), kind)
-                return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view(query.shape)
+        K = held.shape[1]
+        grouped = query.view(B, K, H // K, D)  # the heads that share a key become the rows of its query
+        kind = _number_kind(query, cache, H // K)
         mixed = torch.zeros_like(grouped) if self._padded else torch.empty_like(grouped)
-        for rows, length, mask in self._groups:
-            size = len(range(*rows.indices(B)))
-            for heads, tiles in _tiles(K, length, size * D, kind, converted):
-                part = grouped[rows, heads]
-                if len(tiles) == 1:
-                    keys, values = self._read(layer, rows, heads, tiles[0], kind)
-                    mixed[rows, heads] = F.scaled_dot_product_attention(part, keys, values, attn_mask=mask)
-                    continue
-                assert mask is None, "what is masked is read at once"
-                sums: tuple[Tensor, Tensor] | None = None
-                for tile in tiles:
-                    found = _partial(part, *self._read(layer, rows, heads, tile, kind), causal=False)
-                    sums = found if sums is None else _merge(sums, found)
-                assert sums is not None, "every token sees at least itself"
-                mixed[rows, heads] = sums[0]
-        return mixed.view(query.shape).type_as(query)
+        for rows, length, mask in self._groups:  # _ALL is the only one then
+            part = grouped[rows]
+            small = query.device.type != "cpu" or 2 * part.shape[0] * length * K * D * held.itemsize <= _SMALL_BYTES
+            native = kind == held.dtype
+            if small and native and rows is _ALL:
+                keys, values = self._read(layer, rows, _ALL, slice(length), kind)
+                return F.scaled_dot_product_attention(grouped, keys, values, mask).view(query.shape)
+            if not small and not (native and (H // K > _SHARED or held.itemsize == 2)):
+                mixed[rows] = self._sum_values(layer, rows, self._weigh(layer, rows, length, part, mask))
+                continue
+            for heads, _ in _tiles(K, length, part.shape[0] * D * kind.itemsize, kind != held.dtype, whole=True):
+                keys, values = self._read(layer, rows, heads, slice(length), kind)
+                some = part[:, heads].to(kind)
+                mixed[rows, heads] = F.scaled_dot_product_attention(some, keys, values, mask).type_as(query)
+        return mixed.view(query.shape)
+
+    def _weigh(self, layer: int, rows: slice, length: int, query: Tensor, mask: Tensor | None) -> Tensor:
+        """The weights of so many positions for queries `[b, K, G, D]`: float32 `[b, K, G, length]`.
+
+        Keys times a column runs at the memory's speed on a CPU, a row times keys at a quarter of it.
+        """
+        cache = self._cache
+        assert cache is not None, "rows are rows of a cache"
+        b, K, G, D = query.shape
+        columns = query.float().mul_(D**-0.5) if query.dtype != torch.float32 else query * D**-0.5
+        columns = columns.transpose(2, 3)  # [b, K, D, G]
+        converted = cache.keys[layer].dtype != torch.float32
+        scores = query.new_empty((b, K, length, G), dtype=torch.float32)
+        for heads, tiles in _tiles(K, length, 4 * b * D, converted):
+            for tile in tiles:
+                keys = cache.read_keys(layer, rows, heads, tile, torch.float32, self._scratch)
+                scores[:, heads, tile] = keys @ columns[:, heads]
+        weights = scores.transpose(2, 3).contiguous() if G > 1 else scores.view(b, K, 1, length)
+        if mask is not None:
+            weights.masked_fill_(~mask, -torch.inf)
+        return torch.softmax(weights, dim=-1)
+
+    def _sum_values(self, layer: int, rows: slice, weights: Tensor) -> Tensor:
+        """Values summed with weights `[b, K, G, length]`: `[b, K, G, D]`.
+
+        That is what an embedding bag does, with rows of the cache as its table, twice to four times as fast on a CPU as
+        a product of one row.
+        """
+        cache = self._cache
+        assert cache is not None, "rows are rows of a cache"
+        held = cache.values[layer]
+        b, K, G, length = weights.shape
+        D = held.shape[3]
+        if cache.scales is None:
+            part = held[rows]
+            strides = part.stride(0) // D, part.stride(1) // D
+            n_lines = (b - 1) * strides[0] + (K - 1) * strides[1] + length
+            table = part.as_strided((n_lines, D), (D, 1))
+            return self._bag(table, weights.to(held.dtype), strides).view(b, K, G, D)
+        mixed = weights.new_zeros((b, K, G, D))
+        for heads, tiles in _tiles(K, length, 4 * b * D, converted=True):
+            for tile in tiles:
+                values = cache.read_values(layer, rows, heads, tile, torch.float32, self._scratch)
+                strides = values.stride(0) // D, values.stride(1) // D
+                part = weights[:, heads, :, tile].contiguous()
+                mixed[:, heads] += self._bag(values.view(-1, D), part, strides).view((*part.shape[:-1], D))
+        return mixed
+
+    def _bag(self, table: Tensor, weights: Tensor, strides: tuple[int, int]) -> Tensor:
+        """Sum lines of a table `[n, D]`: row r and head h begin at line r · strides[0] + h · strides[1]."""
+        key = (tuple(weights.shape), strides)
+        if key not in self._lines:
+            b, k, G, length = weights.shape
+            rows = torch.arange(b, dtype=torch.int32) * strides[0]
+            heads = torch.arange(k, dtype=torch.int32) * strides[1]
+            firsts = (rows[:, None] + heads)[:, :, None, None]  # [b, k, 1, 1]
+            lines = (firsts + torch.arange(length, dtype=torch.int32)).expand(-1, -1, G, -1).reshape(-1)
+            self._lines[key] = lines, torch.arange(b * k * G, dtype=torch.int32) * length
+        lines, offsets = self._lines[key]
+        return torch.embedding_bag(table, lines, offsets, False, 0, False, weights.view(-1))[0]
 
     def _attend_chunk(self, layer: int, row: int, start: int, query: Tensor, mixed: Tensor, kind: torch.dtype) -> None:
         """Mix one row's tokens from position start on: `[t, H, D]`, into a tensor of the same shape."""
@@ -195,7 +255,8 @@ class AttentionPlan:
         G = grouped.shape[1]
         result = mixed.view(t, K, G, D).permute(1, 2, 0, 3)
         rows = slice(row, row + 1)
-        for heads, tiles in _tiles(K, start, D, kind, converted=kind != cache.keys[layer].dtype):
+        converted = kind != cache.keys[layer].dtype
+        for heads, tiles in _tiles(K, start, D * kind.itemsize, converted, own=t):
             part = grouped[heads].to(kind)  # [k, G, t, D]
             flat = part.reshape(1, part.shape[0], G * t, D)  # heads that share a key are rows of its query
             keys, values = self._read(layer, rows, heads, slice(start, start + t), kind)
@@ -207,23 +268,20 @@ class AttentionPlan:
             result[heads] = sums[0]
 
     def _read(self, layer: int, rows: slice, heads: slice, tile: slice, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A part of the cache, `[b, heads, positions, D]`; what is converted goes to one place for all layers."""
+        """Keys and values of a part of a layer, `[b, heads, positions, D]` each."""
         cache = self._cache
         assert cache is not None, "rows are rows of a cache"
-        held = cache.keys[layer]
-        if held.dtype != kind:
-            size = held[rows, heads, tile].numel()
-            if self._scratch is None or self._scratch.shape[1] < size or self._scratch.dtype != kind:
-                self._scratch = torch.empty(2, size, dtype=kind, device=held.device)
-        return cache.read(layer, rows, heads, tile, kind, self._scratch)
+        return (
+            cache.read_keys(layer, rows, heads, tile, kind), cache.read_values(layer, rows, heads, tile, kind)
+        )  # fmt: skip
 
 
 def _number_kind(query: Tensor, cache: KVCache, queries: int) -> torch.dtype:
-    """The dtype to attend in: float32 on a CPU for few queries, where 16-bit attention is several times slower."""
+    """The dtype to attend in: on a CPU float32 for few queries, where 16-bit attention is slower, and for codes."""
     if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
         return query.dtype
     computes = query.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return query.dtype if computes and queries >= _MANY else torch.float32
+    return query.dtype if computes and queries >= _MANY and cache.scales is None else torch.float32
 
 
 def _seen(positions: Tensor, length: int) -> Tensor:
@@ -250,18 +308,25 @@ def _group(slots: Slots, positions: Tensor, cache: KVCache) -> list[tuple[slice,
         if 2 * spared * K * D * cache.keys[0].itemsize > (len(spans) - 1) * _SLICE_BYTES:
             return [(slice(row, row + 1), stop, None) for row, _, stop in spans]
         mask = _seen(positions, length)
-    if 8 * B * length * D > READ_BYTES and cache.keys[0].dtype != torch.float32:
-        return [(slice(row, row + 1), stop, None) for row, _, stop in spans]
     return [(_ALL, length, mask)]
 
 
 def _tiles(
-    n_heads: int, length: int, head_dim: int, kind: torch.dtype, converted: bool
+    n_heads: int, length: int, position_bytes: int, converted: bool, *, own: int = 0, whole: bool = False
 ) -> Iterator[tuple[slice, list[slice]]]:
-    """Heads, and the positions of each tile of theirs; numbers that are converted come in tiles of READ_BYTES."""
-    fitting = max(1, READ_BYTES // (2 * head_dim * kind.itemsize)) if converted else max(1, n_heads * length)
-    size = min(max(1, length), fitting)
-    step = max(1, fitting // size) if converted else n_heads
+    """Heads, and the tiles of their positions that are read at once.
+
+    Args:
+        n_heads: key/value heads.
+        length: positions.
+        position_bytes: of a key, or of a value, of one head at one position, of all rows that are read together.
+        converted: numbers that are converted come in tiles of READ_BYTES; others are read where they are.
+        own: positions that are read at once beside them.
+        whole: all positions of a head have to be read at once, since they are masked.
+    """
+    fitting = max(1, READ_BYTES // (2 * position_bytes)) if converted else n_heads * max(length, own)
+    size = max(1, length if whole else min(length, fitting))
+    step = max(1, fitting // max(size, own))
     for first in range(0, n_heads, step):
         yield (
             slice(first, min(first + step, n_heads)),

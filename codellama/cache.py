@@ -124,10 +124,10 @@ class KVCache:
         for held, new in pairs:
             _write_(held, slots, new)
 
-    def read(
+    def read_keys(
         self, layer: int, rows: slice, heads: slice, length: slice, dtype: torch.dtype, into: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of a part of a layer, `[rows, heads, positions, D]` each, in this dtype.
+    ) -> Tensor:
+        """Keys of a part of a layer, `[rows, heads, positions, D]`, in this dtype.
 
         What is held in this dtype is a view; other numbers are converted.
 
@@ -137,23 +137,17 @@ class KVCache:
             heads: key/value heads.
             length: positions.
             dtype: of the result.
-            into: `[2, at least as many elements]` of this dtype, contiguous, where converted numbers go; None is a new
-                tensor.
+            into: at least as many elements of this dtype, where converted numbers go; None is a new tensor.
         """
-        where = (rows, heads, length)
-        keys, values = self.keys[layer][where], self.values[layer][where]
-        if keys.dtype == dtype:
-            return keys, values
-        if into is None:
-            into = torch.empty(2, keys.numel(), dtype=dtype, device=keys.device)
-        wide_keys, wide_values = (half[: keys.numel()].view(keys.shape) for half in into)
-        wide_keys.copy_(keys)
-        wide_values.copy_(values)
-        if self.scales is not None:
-            key_scales, value_scales = self.scales[layer]
-            wide_keys.mul_(key_scales[where])
-            wide_values.mul_(value_scales[where])
-        return wide_keys, wide_values
+        scales = None if self.scales is None else self.scales[layer][0]
+        return _decode(self.keys[layer], scales, (rows, heads, length), dtype, into)
+
+    def read_values(
+        self, layer: int, rows: slice, heads: slice, length: slice, dtype: torch.dtype, into: Tensor | None = None
+    ) -> Tensor:
+        """Values of a part of a layer; see `read_keys`."""
+        scales = None if self.scales is None else self.scales[layer][1]
+        return _decode(self.values[layer], scales, (rows, heads, length), dtype, into)
 
     def copy_row_(self, source: int, target: int, length: int, start: int = 0) -> None:
         """Copy the positions from start up to length of one row to another one."""
@@ -192,6 +186,18 @@ def _encode(numbers: Tensor) -> tuple[Tensor, Tensor]:
     scale = numbers.abs().amax(dim=-1, keepdim=True) / 127
     codes = (numbers / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_().to(torch.int8)
     return codes, scale
+
+
+def _decode(
+    held: Tensor, scales: Tensor | None, where: tuple[slice, slice, slice], dtype: torch.dtype, into: Tensor | None
+) -> Tensor:
+    """What `_encode` rounded, or what is held as it is."""
+    part = held[where]
+    if part.dtype == dtype:
+        return part
+    wide = torch.empty(part.shape, dtype=dtype, device=part.device) if into is None else into[: part.numel()]
+    wide = wide.view(part.shape).copy_(part)
+    return wide if scales is None else wide.mul_(scales[where])
 
 
 def _write_(held: Tensor, slots: Slots, new: Tensor) -> None:

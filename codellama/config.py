@@ -163,15 +163,19 @@ class RuntimeArgs:
         max_seq_len: tokens that one row of the cache holds, prompt and generation together.
         max_batch_size: rows of the cache, so requests that are decoded at once; more wait for a free row.
         chunk_size: a prompt is prefilled in chunks of at most this many tokens.
+        cache_dtype: "int8" holds keys and values in 8 bits; None in the dtype of the model.
     """
 
     max_seq_len: int = 2048
     max_batch_size: int = 4
     chunk_size: int = 2048
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, _integer(field.name, getattr(self, field.name), 1))
+        for name in ("max_seq_len", "max_batch_size", "chunk_size"):
+            object.__setattr__(self, name, _integer(name, getattr(self, name), 1))
+        if self.cache_dtype not in (None, "int8"):
+            raise ValueError(f"cache_dtype is {self.cache_dtype!r}; 'int8' was expected, or None for the model's own")
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Llama:
     Attributes:
         model: this rank's Transformer, for research code.
         tokenizer: text to ids and back.
-        runtime: max_seq_len, max_batch_size, chunk_size.
+        runtime: max_seq_len, max_batch_size, chunk_size, cache_dtype.
         parallel: this rank's place.
         prompts: makes prompts; engine: runs them.
     """
@@ -89,6 +89,7 @@ class Llama:
         seed: int | None = None,
         rope_theta: float | None = None,
         chunk_size: int = 2048,
+        cache_dtype: str | None = None,
         progress: bool | None = None,
         checkpoint_format: str | None = None,
         quantize: str | None = None,
@@ -100,13 +101,13 @@ class Llama:
             tokenizer_path: None is `tokenizer.model` beside the weights.
             max_seq_len: tokens that a row of the cache holds, prompt and generation together.
             max_batch_size: requests that are decoded at once; a call with more queues them.
-            model_parallel_size: ranks that share one copy of the weights; None is all. With fewer than all, the copies
-                share the prompts of a call.
+            model_parallel_size: ranks that share a copy of the weights; None is all. Copies share a call's prompts.
             device: "cpu", "cuda" (this rank's GPU), "cuda:N" or N; None is this rank's GPU where there is one.
             dtype: of the weights; None is bfloat16 where the hardware computes it, else float16.
             seed: makes the requests that bring no seed of their own repeat from run to run.
             rope_theta: for a params.json that has none.
             chunk_size: prompts are prefilled in chunks of so many tokens.
+            cache_dtype: "int8" holds keys and values in 8 bits, so that rows can be longer; None in the model's dtype.
             checkpoint_format: meta, huggingface or gguf, for a folder that holds several; None finds it.
             quantize: "int8", "int4", "int4-g64" or "int4-g128" rounds the matrices as they are loaded.
             progress: show a loading bar; None is on world rank 0 when stderr is a terminal.
@@ -117,7 +118,8 @@ class Llama:
             MemoryBudgetError: weights, cache and workspace do not fit.
             RankError: another rank is gone.
         """
-        runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size)
+        runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size,
+                              cache_dtype=cache_dtype)  # fmt: skip
         llama = Llama.__new__(Llama)
         llama._hold(assemble(ckpt_dir, tokenizer_path, runtime, model_parallel_size, device, dtype, seed, rope_theta,
                              checkpoint_format, progress, quantize))  # fmt: skip
@@ -272,8 +274,7 @@ class Llama:
             chats = enumerate(listed(dialogs))
             return [self.prompts.chat(chat, params, allow_special_tags, f"dialog {index}") for index, chat in chats]
 
-        done = self._complete(make, options, Screening(safety))
-        return [describe_chat(*one, self.tokenizer) for one in done]
+        return [describe_chat(*one, self.tokenizer) for one in self._complete(make, options, Screening(safety))]
 
     def stream_completion(
         self,
@@ -370,7 +371,6 @@ class Llama:
     def _run_stream(
         self, make: Callable[[], Prompt], options: SamplingOptions, safety: SafetyHook | None, own: list[StreamRef]
     ) -> Generator[str]:
-
         def make_one() -> list[Prompt]:
             refuse_alternatives(options)
             return seeded([admit(safety, make())], options)

@@ -66,7 +66,8 @@ class Budget:
     @property
     def cache(self) -> int:
         """All rows at max_seq_len."""
-        position = 2 * self.args.n_layers * self._kv_dim * self.itemsize
+        head = self.args.head_dim * self.itemsize if self.runtime.cache_dtype is None else self.args.head_dim + 4
+        position = 2 * self.args.n_layers * (self._kv_dim // self.args.head_dim) * head
         return position * self.runtime.max_batch_size * self.runtime.max_seq_len
 
     @property
@@ -80,9 +81,17 @@ class Budget:
         per_logits = logits_bytes(args.vocab_size, self.itemsize)
         score = 2 * chunk * args.dim * self.itemsize + min(LOGITS_BYTES, chunk * per_logits)
         rows = runtime.max_batch_size
-        decode = rows * (self._token_bytes() + runtime.max_seq_len * (1 + self.itemsize) + per_logits)
+        weights = (
+            20 * args.n_heads // self.size
+        )  # of one position in decoding: scores, softmax, and where its values are
+        decode = rows * (self._token_bytes() + runtime.max_seq_len * weights + per_logits)
+        decode += min(READ_BYTES, rows * runtime.max_seq_len * 2 * 4 * self._kv_dim)  # converted
+        if runtime.cache_dtype is not None:  # a GPU converts one head of all rows at once
+            decode += rows * runtime.max_seq_len * 2 * 4 * args.head_dim
+            prefill += READ_BYTES
         unpacked = UNPACKED_BYTES if self.quantization else 0
-        return unpacked + max(prefill, score, decode + 6 * 8 * args.vocab_size)  # sampling computes in float64
+        sampling = 6 * 8 * rows * args.vocab_size  # in float64
+        return unpacked + max(prefill, score, decode + sampling)
 
     @property
     def total(self) -> int:
@@ -133,7 +142,8 @@ class Budget:
     def _attention_bytes(self) -> int:
         """One token of a chunk while it attends: the stream and its norm, its turns, projections, the result."""
         heads = self.args.dim // self.size
-        return 12 * self.args.head_dim + 2 * (self.args.dim + heads + self._kv_dim) * self.itemsize
+        codes = 0 if self.runtime.cache_dtype is None else 16 * self._kv_dim  # float32 copies, written and read
+        return 12 * self.args.head_dim + 2 * (self.args.dim + heads + self._kv_dim) * self.itemsize + codes
 
     def _token_bytes(self) -> int:
         """Intermediate results for one token of a chunk: the largest of what a block holds at once."""

@@ -81,7 +81,8 @@ class Case:
         assert mixed.shape == self.query.shape
         assert mixed.isfinite().all(), "padding too"
         everything = slice(None)
-        keys, values = self.view.read(1, everything, everything, everything, torch.float32)
+        where = (1, everything, everything, everything, torch.float32)
+        keys, values = self.view.read_keys(*where), self.view.read_values(*where)
         worst = 0.0
         for row, line in enumerate(self.positions.tolist()):
             for step, position in enumerate(line):
@@ -114,19 +115,23 @@ STEPS = {
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("small", [0, 2**18])  # one token in each row goes one of two ways
 @pytest.mark.parametrize("step", STEPS)
-def test_attention_equals_the_definition(step: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_equals_the_definition(step: str, small: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("codellama.attention._SMALL_BYTES", small)
     monkeypatch.setattr("codellama.attention.QUERY_TILE", 30)  # several tiles, and a last one that is shorter
     assert Case(STEPS[step], kv_heads, torch.float32, torch.float32).error() < 1e-6
 
 
 @pytest.mark.parametrize("held", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("kv_heads", [2, 6])
+@pytest.mark.parametrize("small", [0, 2**18])
 @pytest.mark.parametrize("step", STEPS)
 def test_numbers_are_converted_tile_by_tile(
-    step: str, kv_heads: int, held: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    step: str, small: int, kv_heads: int, held: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bfloat16 rounds the result to 2^-9 of it; of an int8 cache the definition reads the same numbers."""
+    monkeypatch.setattr("codellama.attention._SMALL_BYTES", small)
     monkeypatch.setattr("codellama.attention.QUERY_TILE", 30)
     monkeypatch.setattr("codellama.attention.READ_BYTES", 2 * HEAD_DIM * 4 * 47)  # 47 positions of a head
     query = torch.float32 if held == torch.int8 else held

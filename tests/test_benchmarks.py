@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from benchmarks import cpu, gpu, pages, parts, peers, start
+from benchmarks.attention import attention
+from benchmarks.context import context
+from benchmarks.kernels import kernels
 from benchmarks.machine import RandomCheckpoint, n_weights, prefill_work, random_model, shape_args, weight_bytes
 from benchmarks.serving import measure, percentile, write_random
 from codellama.assembly import DEMO
@@ -261,3 +264,22 @@ def test_plots_have_the_same_bytes_each_time(tmp_path: Path) -> None:
     assert b"llama.cpp-q4_0" in once["page-peers.svg"]
     assert b"int8" in once["page-context.svg"]
     assert max(map(len, once.values())) < 60_000
+
+
+def test_attention_and_long_contexts_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    attention(rows=(1, 2), lengths=16, chunks=8, heads=4, kv_heads=2, head_dim=16, rounds=1)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["case"] for row in found["rows"]] == ["decode", "decode", "ragged", "chunk"] * 2
+    context(lengths=200, dim=64, dtype="float32", cache_dtype="int8", rounds=1)
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert row["s"] > 0
+    assert row["ratio"] == pytest.approx(row["s"] / (row["linears_s"] + row["attention_s"]))
+
+
+def test_the_benchmark_of_kernels_measures_each(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels(shape=(64, 128), rows=(1, 40), megabytes=1, repeats=1)
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert {(row["candidate"], row["rows"]) for row in rows} >= {(f"{bits} torch", 1) for bits in ("int8", "int4")}
+    assert all(row["ms"] > 0 and 0 < row["of_bandwidth"] < 100 for row in rows)
+    with pytest.raises(ValueError, match="inputs in multiples of 32"):
+        kernels(shape=(64, 100))

@@ -17,10 +17,8 @@ def model() -> Transformer:
     return tiny.whole_model(tiny.ARGS, tiny.random_weights(tiny.ARGS))
 
 
-def new_cache(rows: int = 5, max_seq_len: int = 64) -> KVCache:
-    return KVCache.allocate(
-        tiny.ARGS, rows=rows, max_seq_len=max_seq_len, dtype=torch.float32, device=torch.device("cpu")
-    )
+def new_cache(rows: int = 5, max_seq_len: int = 64, dtype: torch.dtype = torch.float32) -> KVCache:
+    return KVCache.allocate(tiny.ARGS, rows=rows, max_seq_len=max_seq_len, dtype=dtype, device=torch.device("cpu"))
 
 
 def ids_of(seed: int) -> list[int]:
@@ -142,3 +140,45 @@ def check_written(positions: list[list[int]], slots: Slots) -> None:
     assert torch.equal(cache.keys[1], expected)
     written = sum(position >= 0 for line in positions for position in line)
     assert int(cache.values[1].count_nonzero()) == written * key[0, 0].numel()
+
+
+@torch.inference_mode()
+def test_an_int8_cache_rounds_each_vector_by_itself() -> None:
+    cache = new_cache(dtype=torch.int8)
+    sizes = torch.logspace(-30, 3, 64)[None, :, None, None]  # of which the smallest square to 0
+    key = torch.randn(1, 64, tiny.ARGS.kv_heads, tiny.ARGS.head_dim, generator=torch.Generator().manual_seed(4)) * sizes
+    key[0, 7] = 0
+    cache.rows(2, 3).write_(1, Slots.find(torch.arange(64)[None]), key, -key)
+    everything = slice(None)
+    where = (1, slice(2, 3), everything, everything, torch.float32)
+    keys, values = cache.read_keys(*where), cache.read_values(*where)
+    wanted = key.transpose(1, 2)
+    largest = wanted.abs().amax(dim=-1, keepdim=True)
+    assert ((keys - wanted).abs() <= 0.51 * largest / 127).all(), "half a step"
+    assert torch.equal(values, -keys)
+    assert cache.nbytes == 2 * 3 * 5 * 64 * tiny.ARGS.kv_heads * (tiny.ARGS.head_dim + 4)
+
+
+@pytest.mark.parametrize("chunks", [[LENGTH], [1] * LENGTH, [17, 1, 1, 21]], ids=lambda chunks: f"{len(chunks)}")
+def test_an_int8_cache_costs_little_accuracy(model: Transformer, chunks: list[int]) -> None:
+    ids = ids_of(1)
+    expected = oracle_logits(tiny.ARGS, tiny.random_weights(tiny.ARGS), ids)
+    difference = (run(model, new_cache(dtype=torch.int8), 3, ids, chunks) - expected).abs()
+    assert difference.max() < 0.3
+    assert difference.mean() < 0.03
+
+
+@torch.inference_mode()
+def test_rows_of_an_int8_cache_are_copied_and_forgotten(model: Transformer) -> None:
+    cache, ids = new_cache(dtype=torch.int8), ids_of(7)
+    run(model, cache, 1, ids, [LENGTH])
+    cache.copy_row_(1, 4, 25)
+    tokens, positions = torch.tensor([ids[25:]]), torch.arange(25, LENGTH)[None]
+    view = cache.first(LENGTH)
+    assert torch.equal(model(tokens, positions, view.rows(4, 5)), model(tokens, positions, view.rows(1, 2)))
+    cache.zero_()
+    everything = slice(None)
+    for layer in range(tiny.ARGS.n_layers):
+        where = (layer, everything, everything, everything, torch.float32)
+        assert not cache.read_keys(*where).any()
+        assert not cache.read_values(*where).any()

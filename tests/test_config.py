@@ -175,6 +175,13 @@ def test_runtime_args_are_positive_integers(name: str, value: object, error: typ
     assert getattr(RuntimeArgs(**{name: 1}), name) == 1
 
 
+@pytest.mark.parametrize("value", ["int4", "float16", "", 8])
+def test_an_unknown_cache_dtype_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=r"^cache_dtype is .*; 'int8' was expected"):
+        RuntimeArgs(cache_dtype=value)  # type: ignore[arg-type]
+    assert RuntimeArgs(cache_dtype="int8").cache_dtype == "int8"
+
+
 @pytest.mark.parametrize(
     ("name", "good", "outside"),
     [

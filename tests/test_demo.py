@@ -77,3 +77,10 @@ def test_the_demo_model_has_learnt(demo: Llama) -> None:
     results = demo.text_completion(["def is_odd(n):\n    ", "def mean(numbers):\n    "], temperature=0)
     assert [result["finish_reason"] for result in results] == ["stop", "stop"]
     assert all(result["generation"].startswith("return ") for result in results)
+
+
+def test_an_int8_cache_costs_a_thousandth_at_most(demo: Llama) -> None:
+    held_out = [source for source in read_sources() if source.held_out and len(source.text) < 6000][:2]
+    with Llama.build(max_seq_len=1024, dtype="float32", device="cpu", cache_dtype="int8") as llama:
+        assert llama.engine.cache.keys[0].dtype == torch.int8
+        assert bits_per_byte(llama, held_out) == pytest.approx(bits_per_byte(demo, held_out), rel=1e-3)

@@ -15,9 +15,10 @@ from codellama.parallel import Parallel
 from tests.support import tiny
 
 
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_weights_and_cache_are_those_that_a_rank_allocates(size: int) -> None:
-    runtime = RuntimeArgs(max_seq_len=100, max_batch_size=3)
+def test_weights_and_cache_are_those_that_a_rank_allocates(size: int, cache_dtype: str | None) -> None:
+    runtime = RuntimeArgs(max_seq_len=100, max_batch_size=3, cache_dtype=cache_dtype)
     budget = plan_budget(tiny.ARGS, runtime, size, 2)
     model = Transformer(tiny.ARGS, Parallel(rank=size - 1, size=size))
     assert budget.weights == 2 * sum(parameter.numel() for parameter in model.parameters())
@@ -25,11 +26,11 @@ def test_weights_and_cache_are_those_that_a_rank_allocates(size: int) -> None:
         tiny.ARGS,
         rows=3,
         max_seq_len=100,
-        dtype=torch.bfloat16,
+        dtype=torch.int8 if cache_dtype else torch.bfloat16,
         device=torch.device("cpu"),
         model_parallel_size=size,
     )
-    assert budget.cache == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    assert budget.cache == cache.nbytes
 
 
 def test_seven_billion_parameters_in_bfloat16() -> None:
@@ -81,7 +82,7 @@ def test_format_bytes(count: int, text: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kv_heads", "scored"), [(16, False), (1, True)])
 def test_a_prefill_takes_what_is_planned(kv_heads: int, scored: bool) -> None:
-    """In chunks, so with masks; the growth of a fresh process above weights and cache, in MB."""
+    """In chunks; the growth of a fresh process above weights and cache, in MB."""
     args = ModelArgs(dim=512, n_layers=2, n_heads=16, n_kv_heads=kv_heads, vocab_size=32016, rope_theta=1e6)
     found = case(args, 5000, scored, torch.float32)
     assert abs(found["difference_MB"]) < max(20, found["planned_MB"] / 10), found

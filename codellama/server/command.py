@@ -35,6 +35,7 @@ def serve(
     max_seq_len: int = 2048,
     max_batch_size: int = 4,
     chunk_size: int = 512,
+    cache_dtype: str | None = None,
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -63,13 +64,16 @@ def serve(
         model_id (NAME): what clients see as the name of the model.
         max_batch_size: answers that are generated at once.
         chunk_size: tokens of a prompt that are read between two steps of the others.
+        cache_dtype (NAME): int8 holds keys and values in 8 bits, for longer or more rows; without it, as the model is.
 
     Examples:
         codellama serve --ckpt_dir CodeLlama-7b-Instruct
         codellama serve --ckpt_dir CodeLlama-7b-Instruct --max_seq_len 8192 --port 8080
         torchrun --nproc_per_node 2 -m codellama serve --ckpt_dir CodeLlama-13b-Instruct
     """
-    runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size)
+    runtime = RuntimeArgs(
+        max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size, cache_dtype=cache_dtype
+    )
     Quantization.parse(quantize)
     settings = Settings(
         host=host,
