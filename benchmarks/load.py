@@ -24,6 +24,7 @@ from benchmarks.machine import report
 from codellama.checkpoint import load_model, open_checkpoint, tensor_shapes, write_meta
 from codellama.config import ModelArgs
 from codellama.llama import DEMO
+from codellama.model import Transformer
 from codellama.parallel import Parallel
 
 BUFFER_BYTES = 2**24
@@ -87,7 +88,7 @@ def run_processes(path: Path, size: int) -> dict[str, float]:
 
 def one(path: str, rank: int, size: int) -> None:
     """Measure one process and print it as JSON."""
-    file = Path(path) / "consolidated.00.pth"
+    file = max(Path(path).iterdir(), key=lambda file: file.stat().st_size)
     buffer = memoryview(bytearray(BUFFER_BYTES))
     read_whole(file, buffer)
     read_s = read_whole(file, buffer)
@@ -97,7 +98,7 @@ def one(path: str, rank: int, size: int) -> None:
     model = load_model(checkpoint, Parallel(rank=rank, size=size), torch.device("cpu"), torch.bfloat16)
     load_s = time.perf_counter() - begin
     peak = memory("VmHWM") - before
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights = held_bytes(model)
     del model
     begin = time.perf_counter()
     with file.open("rb", buffering=0) as source:
@@ -107,6 +108,14 @@ def one(path: str, rank: int, size: int) -> None:
             source.readinto(blocks[-1])
     fresh_s = time.perf_counter() - begin
     print(json.dumps({"read_s": read_s, "fresh_s": fresh_s, "load_s": load_s, "peak": peak, "weights": weights}))
+
+
+def held_bytes(model: Transformer) -> int:
+    """Bytes of all weights: the matrices as they are held, and the parameters beside them."""
+    held = {id(layer.matrix): layer.matrix for layers in model.matrices() for layer in layers if layer.matrix}
+    inside = {buffer.untyped_storage().data_ptr() for matrix in held.values() for buffer in matrix.buffers()}
+    beside = [parameter for parameter in model.parameters() if parameter.untyped_storage().data_ptr() not in inside]
+    return sum(matrix.nbytes for matrix in held.values()) + sum(parameter.nbytes for parameter in beside)
 
 
 def read_whole(file: Path, buffer: memoryview) -> float:

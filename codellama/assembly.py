@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from codellama.cache import KVCache
-from codellama.checkpoint import load_model, open_checkpoint
+from codellama.checkpoint import choose_quantization, load_model, open_checkpoint
 from codellama.config import RuntimeArgs
 from codellama.device import choose_device, choose_dtype, compute_dtype, free_memory, use_device
 from codellama.errors import RankError
@@ -63,11 +63,11 @@ def assemble(
     Raises:
         CheckpointError: the files are not what they should be.
         ParallelSizeError: the model does not split over that many ranks.
-        QuantizationError: quantize is unknown, or its groups do not divide the matrices.
+        QuantizationError: quantize is unknown, its groups do not divide the matrices, or the weights have other codes.
         MemoryBudgetError: weights, cache and workspace do not fit.
         RankError: another rank is gone.
     """
-    quantization = Quantization.parse(quantize)
+    asked = Quantization.parse(quantize)
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     use_device(place)
@@ -79,6 +79,7 @@ def assemble(
     checkpoint = parallel.agree(
         lambda: open_checkpoint(path, tokenizer_path, rope_theta, checkpoint_format=checkpoint_format)
     )
+    quantization = parallel.agree(lambda: choose_quantization(checkpoint, asked))
 
     def check() -> str:
         parallel.check_divides(checkpoint.args)

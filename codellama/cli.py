@@ -53,7 +53,7 @@ def complete(
         device (NAME): cpu, cuda or cuda:N; without it, the GPU where there is one.
         dtype (NAME): bfloat16, float16 or float32; without it, what the device computes best.
         quantize (NAME): int8 or int4 (int4-g64, int4-g128): round the weights as they are loaded, to half or a third.
-        checkpoint_format (NAME): meta, huggingface or gguf, for a folder that holds several; without it, the first.
+        checkpoint_format (NAME): meta, huggingface, gguf or quantized, for a folder of several; without it, the first.
 
     Examples:
         codellama complete unfinished.py --ckpt_dir CodeLlama-7b
@@ -106,31 +106,36 @@ def convert(
     source: str,
     target: str,
     *,
-    format: str = "meta",
+    format: str | None = None,
     model_parallel_size: int = 1,
     dtype: str | None = None,
+    quantize: str | None = None,
     tokenizer_path: str | None = None,
     rope_theta: float | None = None,
     checkpoint_format: str | None = None,
 ) -> None:
     """Write weights of any format as a folder in another one.
 
-    That is Meta's layout, in any number of files, or Hugging Face's. Memory stays small, whatever the model. The folder
-    appears when it is whole; nothing is overwritten.
+    That is Meta's layout, in any number of files, or Hugging Face's; or, with --quantize, int8 or int4 codes, which are
+    loaded as they are, in half or a third of the memory. Memory stays small, whatever the model. The folder appears
+    when it is whole; nothing is overwritten.
 
     Args:
         source: the folder or GGUF file to read.
         target: the folder to make.
-        format (NAME): meta or huggingface.
+        format (NAME): meta or huggingface; without it, meta. Leave it out with --quantize.
         model_parallel_size: number of files, in Meta's layout.
-        dtype (NAME): bfloat16, float16 or float32; without it, that of the source.
+        dtype (NAME): bfloat16, float16 or float32; without it, that of the source. With --quantize, of what is no code.
+        quantize (NAME): int8, int4, int4-g64 or int4-g128: round the matrices once, and for good.
         rope_theta: base of the rotary frequencies, where the source does not say it.
 
     Examples:
         codellama convert CodeLlama-7b-hf CodeLlama-7b
         codellama convert CodeLlama-7b CodeLlama-7b-two --model_parallel_size 2 --dtype float16
         codellama convert codellama-7b.Q8_0.gguf CodeLlama-7b-hf --format huggingface --dtype bfloat16
+        codellama convert CodeLlama-7b CodeLlama-7b-int8 --quantize int8
     """
+    Quantization.parse(quantize)
     from codellama.checkpoint.convert import convert
 
     convert(
@@ -139,6 +144,7 @@ def convert(
         format=format,
         model_parallel_size=model_parallel_size,
         dtype=dtype,
+        quantize=quantize,
         tokenizer_path=tokenizer_path,
         rope_theta=rope_theta,
         checkpoint_format=checkpoint_format,
@@ -204,6 +210,7 @@ def info(
         codellama info codellama-7b.Q8_0.gguf
         codellama info CodeLlama-13b --max_seq_len 16384 --max_batch_size 1
     """
+    Quantization.parse(quantize)
     from codellama.checkpoint.info import info
 
     print(
@@ -212,6 +219,7 @@ def info(
             max_seq_len,
             max_batch_size,
             dtype,
+            quantize=quantize,
             checkpoint_format=checkpoint_format,
             tokenizer_path=tokenizer_path,
             rope_theta=rope_theta,

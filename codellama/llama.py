@@ -108,8 +108,9 @@ class Llama:
             rope_theta: for a params.json that has none.
             chunk_size: prompts are prefilled in chunks of so many tokens.
             cache_dtype: "int8" holds keys and values in 8 bits, so that rows can be longer; None in the model's dtype.
-            checkpoint_format: meta, huggingface or gguf, for a folder that holds several; None finds it.
-            quantize: "int8", "int4", "int4-g64" or "int4-g128" rounds the matrices as they are loaded.
+            checkpoint_format: meta, huggingface, gguf or quantized, for a folder that holds several; None finds it.
+            quantize: "int8", "int4", "int4-g64" or "int4-g128" rounds the matrices as they are loaded; what
+                `codellama convert --quantize` wrote needs none.
             progress: show a loading bar; None is on world rank 0 when stderr is a terminal.
 
         Raises:

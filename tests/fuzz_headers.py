@@ -19,7 +19,10 @@ from pathlib import Path
 import fire
 
 from codellama.checkpoint import Checkpoint
+from codellama.checkpoint.convert import convert
 from codellama.checkpoint.huggingface import INDEX, HuggingFaceCheckpoint
+from codellama.checkpoint.quantized import WEIGHTS, QuantizedCheckpoint
+from codellama.config import ModelArgs
 from codellama.errors import CheckpointError
 from tests.support import tiny
 
@@ -113,6 +116,15 @@ def _write_huggingface(folder: Path) -> None:
     tiny.tiny_huggingface(folder, max_file_bytes=300_000)
 
 
+def _write_quantized(folder: Path) -> None:
+    args = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=tiny.VOCAB, multiple_of=32, rope_theta=1e4)
+    with tempfile.TemporaryDirectory() as source:
+        tiny.tiny_checkpoint(Path(source), args=args)
+        convert(source, folder / "new", quantize="int4")
+    for path in (folder / "new").iterdir():
+        path.rename(folder / path.name)
+
+
 def _safetensors_head(content: bytes) -> int:
     return 8 + int.from_bytes(content[:8], "little")
 
@@ -123,7 +135,13 @@ TARGETS = {
         heads={"model-00001-of-00002.safetensors": _safetensors_head, "config.json": len, INDEX: len},
         open=HuggingFaceCheckpoint,
         mutations=(*BYTES, *JSON),
-    )
+    ),
+    "quantized": Target(
+        write=_write_quantized,
+        heads={WEIGHTS: _safetensors_head},
+        open=QuantizedCheckpoint,
+        mutations=(*BYTES, *JSON),
+    ),
 }
 
 

@@ -13,16 +13,30 @@ from codellama.checkpoint.layout import Checkpoint, rank_inputs, tensor_shapes
 from codellama.checkpoint.loading import Loading
 from codellama.checkpoint.meta import MetaCheckpoint
 from codellama.checkpoint.meta_writer import write_meta
-from codellama.errors import CheckpointError
+from codellama.checkpoint.quantized import QuantizedCheckpoint
+from codellama.errors import CheckpointError, QuantizationError
 from codellama.model import Transformer
 from codellama.parallel import Parallel
 from codellama.quantization import Quantization
 
-__all__ = ["Checkpoint", "load_model", "open_checkpoint", "tensor_shapes", "write_huggingface", "write_meta"]
+__all__ = [
+    "Checkpoint",
+    "choose_quantization",
+    "load_model",
+    "open_checkpoint",
+    "tensor_shapes",
+    "write_huggingface",
+    "write_meta",
+]
 
 logger = logging.getLogger(__name__)
 
-FORMATS: tuple[type[Checkpoint], ...] = (MetaCheckpoint, HuggingFaceCheckpoint, GGUFCheckpoint)
+FORMATS: tuple[type[Checkpoint], ...] = (
+    MetaCheckpoint,
+    HuggingFaceCheckpoint,
+    GGUFCheckpoint,
+    QuantizedCheckpoint,
+)
 """Every weight format, in the order in which a folder that holds several of them is read."""
 
 
@@ -98,6 +112,21 @@ def choose_format(path: Path, name: str | None) -> type[Checkpoint]:
     return chosen[0]
 
 
+def choose_quantization(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization | None:
+    """Say how the matrices are held: as the checkpoint stores them, where it stores codes, else as asked for.
+
+    Raises:
+        QuantizationError: other codes than the checkpoint's are asked for.
+    """
+    stored = checkpoint.quantization
+    if stored is not None and asked not in (None, stored):
+        raise QuantizationError(
+            f"quantize is {str(asked)!r}, but these weights are stored as {stored}: leave quantize out, or load the "
+            f"original weights, or convert those with --quantize {asked}"
+        )
+    return stored or asked
+
+
 def load_model(
     checkpoint: Checkpoint,
     parallel: Parallel,
@@ -114,16 +143,17 @@ def load_model(
         device: where the weights go.
         dtype: what they are held in; see `compute_dtype` for what they are multiplied in.
         progress: show a bar on stderr when it takes longer than a second.
-        quantization: how matrices are rounded as they come; embedding and norms are not.
+        quantization: how matrices are rounded as they come; embedding and norms are not. Codes are loaded as they are.
 
     Raises:
         ParallelSizeError: the model cannot be split over this many ranks.
-        QuantizationError: its groups do not divide the matrices.
+        QuantizationError: its groups do not divide the matrices, or the checkpoint has other codes.
         CheckpointError: a number is too large for dtype.
     """
     model = Transformer(checkpoint.args, parallel)
     parameters = dict(model.named_parameters())
     assert parameters.keys() == set(checkpoint.names()), "the model's names are the canonical names"
+    quantization = choose_quantization(checkpoint, quantization)
     if quantization is not None:
         quantization.check(rank_inputs(checkpoint.args, parallel.size))
     total = sum(parameter.numel() for parameter in parameters.values()) * dtype.itemsize

@@ -18,7 +18,7 @@ from codellama.checkpoint.faults import some
 from codellama.checkpoint.gguf_blocks import check_package, read_part
 from codellama.checkpoint.gguf_header import MAGIC, Header, StoredTensor, read_header
 from codellama.checkpoint.gguf_vocabulary import build_sentencepiece
-from codellama.checkpoint.layout import tensor_shapes
+from codellama.checkpoint.layout import PlainNumbers, tensor_shapes
 from codellama.config import ModelArgs, choose_rope_theta, feed_forward_params
 from codellama.errors import CheckpointError, shown
 from codellama.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ UNUSED = ("llama.context_length", "llama.tensor_data_layout")
 """Describe the training and the history of the file; nothing here depends on them."""
 
 
-class GGUFCheckpoint:
+class GGUFCheckpoint(PlainNumbers):
     """A GGUF file, checked when it is opened: its header, every name, every shape, every block type."""
 
     format_name: ClassVar = "gguf"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from codellama.checkpoint.faults import read_json, some, vocabulary_hint
 from codellama.checkpoint.huggingface_config import args_from_config
-from codellama.checkpoint.layout import place_for, tensor_shapes
+from codellama.checkpoint.layout import PlainNumbers, place_for, tensor_shapes
 from codellama.checkpoint.safetensors_header import Entry, read_header
 from codellama.errors import CheckpointError, shown
 from codellama.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _LAYER = re.compile(r"(?<=layers\.)\d+")
 
 
-class HuggingFaceCheckpoint:
+class HuggingFaceCheckpoint(PlainNumbers):
     """A folder in Hugging Face's layout, checked when it is opened: every header, every name and every shape."""
 
     format_name: ClassVar = "huggingface"
@@ -206,14 +206,14 @@ def _find_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
         path = folder / WEIGHTS
         if not path.is_file():
             raise CheckpointError(f"{folder} lacks {INDEX}, which says what its files hold")
-        return {name: (path, entry) for name, entry in read_header(path).items()}
+        return {name: (path, entry) for name, entry in read_header(path).entries.items()}
     if (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} holds both {WEIGHTS} and {INDEX}: remove what does not belong to the model")
     listed = _read_index(index)
     found: dict[str, tuple[Path, Entry]] = {}
     for file in sorted(set(listed.values())):
         path = folder / file
-        for name, entry in read_header(path).items():
+        for name, entry in read_header(path).entries.items():
             if name in found:
                 raise CheckpointError(f"{shown(name)} is in two files, {found[name][0]} and {path}")
             found[name] = path, entry

@@ -59,7 +59,7 @@ def write_huggingface(
     files = [WEIGHTS] if len(parts) == 1 else numbered
     weight_map, places, total = {}, {}, 0
     for file, part in zip(files, parts, strict=True):
-        entries = place_tensors({huggingface_name(name): shape for name, shape in part.items()}, dtype)
+        entries = place_tensors((huggingface_name(name), shape, dtype) for name, shape in part.items())
         header = header_bytes(entries)
         (folder / file).write_bytes(header)
         for name, (theirs, entry) in zip(part, entries.items(), strict=True):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from codellama.config import ModelArgs
+from codellama.quantization import Quantization
 from codellama.tokenizer import Tokenizer
 
 SHARD_DIM: dict[str, int | None] = {
@@ -36,14 +37,16 @@ class Checkpoint(Protocol):
     """Read access to weights as full tensors under canonical names, slice by slice.
 
     Attributes:
-        format_name: what a user calls this format: meta, huggingface, gguf.
+        format_name: what a user calls this format: meta, huggingface, gguf, quantized.
         looks_like: what a path of this format holds, for an error message.
         args: the architecture.
+        quantization: how the matrices are stored; None where they are plain numbers, or blocks that only `read` knows.
     """
 
     format_name: ClassVar[str]
     looks_like: ClassVar[str]
     args: ModelArgs
+    quantization: Quantization | None
 
     def __init__(self, path: Path, tokenizer_path: Path | None = None, rope_theta: float | None = None) -> None:
         """Open and check; no weights are read. The arguments are those of `open_checkpoint`."""
@@ -73,17 +76,39 @@ class Checkpoint(Protocol):
     ) -> Tensor:
         """Copy a tensor, or its part from start to stop along dim, in the file's dtype; any thread may call it.
 
-        Where `out` has this shape and dtype, the part may be put there, and `out` itself is then returned.
+        Where `out` has this shape and dtype, the part may be put there, and `out` itself is then returned. Numbers that
+        are stored as codes are given in float32.
+        """
+
+    def codes(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> tuple[Tensor, ...]:
+        """Copy what stands for a matrix, or its part, as `put_codes_` of codellama.linear takes it; from any thread.
+
+        Only where `quantization` is not None. Along axis 1, start and stop are where groups begin.
         """
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that belongs to the weights."""
 
 
+class PlainNumbers:
+    """What a checkpoint says of codes when it has none."""
+
+    quantization: Quantization | None = None
+
+    def codes(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> tuple[Tensor, ...]:
+        """Fail: nobody may ask where `quantization` is None."""
+        raise AssertionError(f"{name} is not stored as codes")
+
+
 def place_for(shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> Tensor:
     """Take `out` where it fits, else fresh memory."""
     fits = out is not None and out.shape == torch.Size(shape) and out.dtype == dtype and out.device.type == "cpu"
     return out if out is not None and fits else torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def is_matrix(name: str) -> bool:
+    """Say whether the tensor of this canonical name is one that activations are multiplied by."""
+    return shard_dim(name) is not None and name != "tok_embeddings.weight"
 
 
 def shard_dim(name: str) -> int | None:

@@ -15,7 +15,7 @@ from codellama.checkpoint.layout import Checkpoint, rank_span, row_pieces, shard
 from codellama.device import compute_dtype
 from codellama.errors import CheckpointError
 from codellama.layers import Held
-from codellama.linear import Dense, Matrix, make_matrix
+from codellama.linear import Dense, Int4, Int8, Matrix, make_matrix
 from codellama.model import Transformer
 from codellama.parallel import Parallel
 from codellama.quantization import Quantization
@@ -25,6 +25,19 @@ READERS = 2
 
 PIECE_BYTES = 32 * 2**20
 """Rows that go on in other ranks are read whole in pieces of this size, to find their largest numbers."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What was read of a tensor for this rank.
+
+    Attributes:
+        tensors: the numbers alone; or codes, scales, and in int4 zeros.
+        largest: magnitude of the largest number of each row, where int8 is made of numbers that go on in other ranks.
+    """
+
+    tensors: tuple[Tensor, ...]
+    largest: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -68,7 +81,7 @@ class Loading:
     def run(self, names: list[str]) -> Iterator[str]:
         """Load the tensors in this order, some read at once; yield each name when it is in its place."""
         with ThreadPoolExecutor(READERS) as pool:
-            pending: deque[tuple[str, Tensor | None, Future[tuple[Tensor, Tensor | None]]]] = deque()
+            pending: deque[tuple[str, Tensor | None, Future[_Part]]] = deque()
             for name in names:
                 room = self._room(name)
                 pending.append((name, room, pool.submit(self._read, name, room)))
@@ -97,21 +110,24 @@ class Loading:
         layers[index].weight = nn.Parameter(room, requires_grad=False)
         return room
 
-    def _read(self, name: str, room: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _read(self, name: str, room: Tensor | None) -> _Part:
         """Read this rank's part; for int8 also the largest number of each row, where rows go on in other ranks."""
         span = self._spans[name]
+        if self._checkpoint.quantization is not None and name in self._homes:
+            return _Part(self._checkpoint.codes(name, *(span or ())))
         goes_on = span is not None and shard_dim(name) == 1 and name in self._homes
         if span is None or not goes_on or self._quantization is None or self._quantization.group is not None:
             dim, start, stop = span or (None, 0, None)
-            return self._checkpoint.read(name, dim, start, stop, out=room), None
+            return _Part((self._checkpoint.read(name, dim, start, stop, out=room),))
         parts, largest = [], []
         for piece in row_pieces(self._checkpoint, name, PIECE_BYTES):
             largest.append(piece.abs().amax(dim=1))
             parts.append(piece[:, span[1] : span[2]].clone())
-        return torch.cat(parts), torch.cat(largest)
+        return _Part((torch.cat(parts),), torch.cat(largest))
 
-    def _settle(self, name: str, room: Tensor | None, future: Future[tuple[Tensor, Tensor | None]]) -> str:
-        tensor, largest = future.result()
+    def _settle(self, name: str, room: Tensor | None, future: Future[_Part]) -> str:
+        part = future.result()
+        tensor, *rest = part.tensors
         if name not in self._homes:
             kind = self._compute if shard_dim(name) is None else self._dtype
             owner, _, leaf = name.rpartition(".")
@@ -122,10 +138,13 @@ class Loading:
         group, index = self._homes[name]
         layer, matrix = group.layers[index], group.matrix
         assert matrix is not None, "a matrix is made before its rows are read"
-        assert tensor.shape == layer.local_shape, f"{name}: {tuple(tensor.shape)} for {layer.local_shape}"
-        if tensor is not room:
+        if rest:
+            assert isinstance(matrix, Int4 | Int8), f"{name}: {type(matrix).__name__} holds no codes"
+            matrix.put_codes_(layer.first, *part.tensors)
+        elif tensor is not room:
+            assert tensor.shape == layer.local_shape, f"{name}: {tuple(tensor.shape)} for {layer.local_shape}"
             rounded = tensor if self._quantization else self._rounded(name, tensor, self._dtype)
-            matrix.put_(layer.first, rounded, largest)
+            matrix.put_(layer.first, rounded, part.largest)
         group.missing -= 1
         if not group.missing:
             matrix.finish_()

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from codellama.checkpoint.faults import read_json, some, vocabulary_hint
-from codellama.checkpoint.layout import place_for, shard_dim, tensor_shapes
+from codellama.checkpoint.layout import PlainNumbers, place_for, shard_dim, tensor_shapes
 from codellama.checkpoint.pth import Place, read_directory, read_part
 from codellama.config import ModelArgs
 from codellama.errors import CheckpointError, shown
@@ -22,7 +22,7 @@ IGNORED = frozenset({"rope.freqs"})
 """Present in Meta's files and unused: the frequencies follow from rope_theta."""
 
 
-class MetaCheckpoint:
+class MetaCheckpoint(PlainNumbers):
     """A folder in Meta's layout, checked when it is opened: every name and every shape in every file."""
 
     format_name: ClassVar = "meta"

@@ -7,7 +7,7 @@ nothing of models. Source: the description of the format in the README of github
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,13 @@ from codellama.checkpoint.faults import parse_json, refuse_page
 from codellama.errors import CheckpointError, shown
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""The dtypes that are read and written, by the names that the format gives them."""
+"""The dtypes of plain numbers that are read and written, by the names that the format gives them."""
+
+CODES = {**DTYPES, "I8": torch.int8, "U8": torch.uint8}
+"""The dtypes of files that hold codes as well."""
+
+MODEL = {"format": "pt"}
+"""Metadata of a file of plain numbers; transformers refuses one without it."""
 
 MAX_HEADER_BYTES = 10 * 2**20
 """A hundred times what the 723 tensors of the 70B model need. Decoded, JSON takes up to thirty times its size."""
@@ -35,8 +41,27 @@ class Entry:
     end: int
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+@dataclass(frozen=True)
+class Header:
+    """What stands before the data.
+
+    Attributes:
+        metadata: words of whoever wrote the file.
+        entries: the tensors, by their names.
+        begin: the byte of the file from which on their begin and end are counted.
+    """
+
+    metadata: dict[str, str]
+    entries: dict[str, Entry]
+    begin: int
+
+
+def read_header(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> Header:
     """Walk the header of a file and check it against the size of the file; no data are read.
+
+    Args:
+        path: the file.
+        dtypes: what tensors may be, by the format's names; another one is refused.
 
     Raises:
         CheckpointError: another kind of file, a truncated one, or a header that contradicts itself.
@@ -62,7 +87,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"the header of {path} has a __metadata__ that is no table of strings")
-    entries = {name: _entry(f"the header of {path}", name, raw) for name, raw in table.items()}
+    entries = {name: _entry(f"the header of {path}", name, raw, dtypes) for name, raw in table.items()}
     at = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != at:
@@ -75,30 +100,30 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise CheckpointError(_truncated(path, size, f"its header announces {at + 8 + length}"))
     if at < size - 8 - length:
         raise CheckpointError(f"{path} has {size - 8 - length - at} bytes behind its last tensor, none were expected")
-    return entries
+    return Header(metadata, entries, 8 + length)
 
 
 def _truncated(path: Path, size: int, announced: str) -> str:
     return f"{path} has {size} bytes, but {announced}: it is probably truncated, download it again"
 
 
-def _entry(where: str, name: str, raw: object) -> Entry:
+def _entry(where: str, name: str, raw: object, dtypes: Mapping[str, torch.dtype]) -> Entry:
     if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(
             f"{where} describes {shown(name)} by {shown(raw)}; dtype, shape, data_offsets were expected"
         )
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{where} gives {shown(name)} as {shown(dtype)}; {', '.join(DTYPES)} can be read")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise CheckpointError(f"{where} gives {shown(name)} as {shown(dtype)}; {', '.join(dtypes)} can be read")
     if not _sizes(shape) or len(shape) > 8:
         raise CheckpointError(f"{where} gives {shown(name)} the shape {shown(shape)}; up to 8 sizes were expected")
     if not _sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where} gives {shown(name)} the offsets {shown(offsets)}; begin and end were expected")
     begin, end = offsets
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    expected = math.prod(shape) * dtypes[dtype].itemsize
     if end - begin != expected:
         raise CheckpointError(f"{where} gives {shown(name)} {end - begin} bytes, but its shape needs {expected}")
-    return Entry(DTYPES[dtype], tuple(shape), begin, end)
+    return Entry(dtypes[dtype], tuple(shape), begin, end)
 
 
 def _sizes(values: object) -> bool:
@@ -106,20 +131,20 @@ def _sizes(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < _LARGEST for value in values)
 
 
-def place_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Entry]:
-    """Place tensors of one dtype one behind the other."""
+def place_tensors(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> dict[str, Entry]:
+    """Place tensors one behind the other."""
     entries, at = {}, 0
-    for name, shape in shapes.items():
+    for name, shape, dtype in tensors:
         end = at + math.prod(shape) * dtype.itemsize
         entries[name] = Entry(dtype, shape, at, end)
         at = end
     return entries
 
 
-def header_bytes(entries: Mapping[str, Entry]) -> bytes:
+def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str] = MODEL) -> bytes:
     """Make what stands before the data: the length and the header, padded so that the data begin at a multiple of 8."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    names = {dtype: name for name, dtype in CODES.items()}
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
     for name, entry in entries.items():
         table[name] = {
             "dtype": names[entry.dtype],

@@ -71,6 +71,8 @@ def verify(
     if checkpoint is None:
         report.add(path.name, "values", "not looked at, since the checkpoint does not open")
         return report
+    if checkpoint.quantization is not None:
+        report.add(path.name, "matrices", f"codes of {checkpoint.quantization}; their numbers are looked at")
     count = sum(1 for _ in checkpoint.names())
     report.add(path.name, "names and shapes", f"{count} tensors")
     pieces = report.attempt("tokenizer", "vocabulary", _check_pieces, checkpoint, path)

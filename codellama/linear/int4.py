@@ -9,6 +9,12 @@ from torch import Tensor
 from codellama.linear.matrix import Matrix, find_kernels
 from codellama.native.kernels import Kernels
 
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+"""Parts of a group's range that are tried, largest first."""
+
+PIECE = 2**18
+"""Numbers that are rounded at once on a CPU, so that what is made of them stays in caches."""
+
 
 class Int4(Matrix):
     """w = (code - 8) · scale + zero, the convention of torch's own int4 products.
@@ -73,17 +79,65 @@ class Int4(Matrix):
 def quantize_int4(rows: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Round rows `[n, K]` to codes `[n, K/2]`, two a byte, and bfloat16 scales and zeros `[n, K/g]`.
 
-    Sixteen even steps from the smallest to the largest number of a group; scale and zero are rounded first, so that the
-    codes are the nearest ones to what they stand for.
+    Sixteen even steps over the range of a group, or over a narrower one where the squared error is smaller: cutting the
+    outermost numbers a little brings all others nearer. A group's codes depend on its own numbers alone, bit by bit.
     """
-    wide = rows.float().view(len(rows), -1, group)
-    low, high = wide.amin(dim=-1), wide.amax(dim=-1)
-    scales = ((high - low) / 15).bfloat16()
-    zeros = (low + 8 * scales.float()).bfloat16()
-    steps = torch.where(scales > 0, scales, 1).float()[..., None]  # a group of equal numbers
-    codes = ((wide - zeros.float()[..., None]) / steps).round_().add_(8).clamp_(0, 15).to(torch.uint8)
-    codes = codes.view(len(rows), -1)
-    return codes[:, ::2] | codes[:, 1::2] << 4, scales, zeros
+    n, count = len(rows), rows.numel() // group
+    codes = torch.empty(count, group, dtype=torch.uint8, device=rows.device)
+    scales, zeros = (torch.empty(count, dtype=torch.bfloat16, device=rows.device) for _ in range(2))
+    step = (PIECE if rows.device.type == "cpu" else 2**6 * PIECE) // group
+    for start in range(0, count, step):
+        piece = slice(start, start + step)
+        wide = rows.reshape(count, group)[piece].T.float().contiguous()  # [g, groups]: what is per group is contiguous
+        scales[piece], zeros[piece] = _choose_steps(wide)
+        codes[piece] = _nearest(wide, scales[piece], zeros[piece])[1].add_(8).T
+    codes = codes.view(n, -1)
+    return codes[:, ::2] | codes[:, 1::2] << 4, scales.view(n, -1), zeros.view(n, -1)
+
+
+def _choose_steps(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Find scale and zero of each column of `[g, groups]`; of equal errors the first one counts."""
+    low, high = wide.amin(dim=0), wide.amax(dim=0)
+    middle, span = (low + high) / 2, high - low
+    best, least = None, torch.full_like(low, float("inf"))
+    for share in SHARES:
+        scale = (span * (share / 15)).bfloat16()
+        best, least = _better(wide, scale, (middle + scale.float() / 2).bfloat16(), best, least)
+    assert best is not None
+    codes = _nearest(wide, *best)[1]  # for these codes, the line that is nearest to the numbers
+    mean, center = _sum(codes) / len(wide), _sum(wide) / len(wide)
+    codes -= mean
+    spread = _sum(codes.square())
+    slope = _sum(codes.mul(wide)) / torch.where(spread > 0, spread, 1)
+    scale = torch.where(spread > 0, slope, best[0].float()).bfloat16()
+    return _better(wide, scale, (center - scale.float() * mean).bfloat16(), best, least)[0]
+
+
+def _better(
+    wide: Tensor, scale: Tensor, zero: Tensor, best: tuple[Tensor, Tensor] | None, least: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Take another scale and zero where their squared error is smaller."""
+    off, codes = _nearest(wide, scale, zero)
+    error = _sum(off.sub_(codes).square_()) * scale.float().square()
+    if best is None:
+        return (scale, zero), error
+    better = error < least
+    return (torch.where(better, scale, best[0]), torch.where(better, zero, best[1])), torch.where(better, error, least)
+
+
+def _nearest(wide: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """Say where the numbers lie, in steps from zero, and which codes are nearest, from -8 to 7."""
+    steps = torch.where(scale > 0, scale, 1).float()  # a group of equal numbers
+    off = wide.sub(zero.float()).div_(steps)
+    return off, off.round().clamp_(-8, 7)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Add up each column of `[g, groups]` in an order that does not depend on how many there are."""
+    while len(values) > 1:
+        half = len(values) // 2
+        values = values[:half] + values[half:]
+    return values[0]
 
 
 def unpack_int4(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:

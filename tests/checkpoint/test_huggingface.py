@@ -90,7 +90,7 @@ def test_a_slice_of_a_large_file_costs_no_more_than_itself(tmp_path: Path) -> No
     config |= {"intermediate_size": args.hidden_dim, "num_hidden_layers": 1, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))
     shapes = {huggingface_name(name): shape for name, shape in tensor_shapes(args).items()}
-    entries = place_tensors(shapes, torch.float32)
+    entries = place_tensors((name, shape, torch.float32) for name, shape in shapes.items())
     with (tmp_path / WEIGHTS).open("wb") as file:
         begin = file.write(header_bytes(entries))
         file.truncate(begin + max(entry.end for entry in entries.values()))
