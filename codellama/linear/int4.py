@@ -3,10 +3,12 @@
 Shapes: N output features, K input features, R rows of activations, g input features in a group.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from codellama.linear.matrix import Matrix, find_kernels
+from codellama.linear.matrix import Matrix, find_gpu, find_kernels
 from codellama.native.kernels import Kernels
 
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -41,6 +43,7 @@ class Int4(Matrix):
         self.register_buffer("codes", codes, False)
         self.register_buffer("packed", None, False)
         self._few = 0
+        self._gpu: ModuleType | None = None
         self._native: Kernels | None = None
         for name in ("scales", "zeros"):
             self.register_buffer(name, torch.empty(out_features, count, dtype=torch.bfloat16, device=device), False)
@@ -56,6 +59,7 @@ class Int4(Matrix):
 
     def finish_(self) -> None:
         """Pack for our own kernels, where they are the fastest here; the codes go."""
+        self._gpu = find_gpu(self.codes.device)
         self._few, self._native = find_kernels("int4", self.codes.device)
         if self._native is not None:
             self.packed = self._native.pack_int4(self.codes, self.scales, self.zeros)
@@ -63,6 +67,9 @@ class Int4(Matrix):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Map `[R, K]` to `[R, N]`."""
+        if self._gpu is not None and len(x) <= self._gpu.ROWS:
+            y: Tensor = self._gpu.int4_product(x.contiguous(), self.codes, self.scales, self.zeros)
+            return y
         if self._native is None or len(x) > self._few:
             return self.multiply_unpacked(x)
         return self._native.int4_linear(x.contiguous(), self.packed, self.out_features, self.group)

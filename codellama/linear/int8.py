@@ -3,10 +3,12 @@
 Shapes: N output features, K input features, R rows of activations.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from codellama.linear.matrix import KERNEL_GROUP, Matrix, find_kernels
+from codellama.linear.matrix import KERNEL_GROUP, Matrix, find_gpu, find_kernels
 from codellama.native.kernels import Kernels
 
 
@@ -24,6 +26,7 @@ class Int8(Matrix):
         self.register_buffer("scales", torch.empty(out_features, dtype=torch.float32, device=device), False)
         self.register_buffer("packed", None, False)
         self._few = 0
+        self._gpu: ModuleType | None = None
         self._native: Kernels | None = None
 
     def put_(self, start: int, rows: Tensor, largest: Tensor | None = None) -> None:
@@ -38,6 +41,7 @@ class Int8(Matrix):
 
     def finish_(self) -> None:
         """Pack for our own kernels, where they are the fastest here; the codes go."""
+        self._gpu = find_gpu(self.codes.device)
         if self.in_features % KERNEL_GROUP == 0:
             self._few, self._native = find_kernels("int8", self.codes.device)
         if self._native is not None:
@@ -46,6 +50,9 @@ class Int8(Matrix):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Map `[R, K]` to `[R, N]`."""
+        if self._gpu is not None and len(x) <= self._gpu.ROWS:
+            y: Tensor = self._gpu.int8_product(x.contiguous(), self.codes, self.scales)
+            return y
         if self._native is None or len(x) > self._few:
             return self.multiply_unpacked(x)
         return self._native.int8_linear(x.contiguous(), self.packed, self.scales)

@@ -5,7 +5,10 @@ It knows nothing of ranks, layers or files: rows of numbers in, products out.
 Shapes: N output features, K input features, R rows of activations.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +33,13 @@ def find_kernels(held: str, device: torch.device) -> tuple[int, Kernels | None]:
     count = few_rows(held, device)
     kernels = native_kernels() if count else None
     return (count if kernels is not None else 0), kernels
+
+
+def find_gpu(device: torch.device) -> ModuleType | None:
+    """Get our products for a GPU, where there is one and PyTorch brings Triton."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("codellama.native.gpu")
 
 
 class Matrix(nn.Module):
