@@ -89,7 +89,8 @@ class Budget:
         if runtime.cache_dtype is not None:  # a GPU converts one head of all rows at once
             decode += rows * runtime.max_seq_len * 2 * 4 * args.head_dim
             prefill += READ_BYTES
-        unpacked = UNPACKED_BYTES if self.quantization else 0
+        widest = max(args.vocab_size // self.size, 2 * args.hidden_dim // self.size)  # outputs of one matrix
+        unpacked = min(UNPACKED_BYTES, 6 * self.itemsize * widest * args.dim) if self.quantization else 0
         sampling = 6 * 8 * rows * args.vocab_size  # in float64
         return unpacked + max(prefill, score, decode + sampling)
 
