@@ -8,12 +8,6 @@ from torch import Tensor
 
 from codellama.linear.matrix import Matrix
 
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-"""Parts of a group's range that are tried, largest first."""
-
-PIECE = 2**18
-"""Numbers that are rounded at once on a CPU, so that what is made of them stays in caches."""
-
 
 class Int4(Matrix):
     """w = (code - 8) · scale + zero, the convention of torch's own int4 products.
@@ -56,6 +50,13 @@ class Int4(Matrix):
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Unpack the rows from start to stop."""
         return unpack_int4(self.codes[start:stop], self.scales[start:stop], self.zeros[start:stop], self.compute)
+
+
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+"""Parts of a group's range that are tried, largest first."""
+
+PIECE = 2**18
+"""Numbers that are rounded at once on a CPU, so that what is made of them stays in caches."""
 
 
 def quantize_int4(rows: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
