@@ -29,6 +29,7 @@ bench: .venv/dev  ## small benchmarks; each prints a table and one line of JSON
 	.venv/bin/python -m benchmarks.kernels
 	.venv/bin/python -m benchmarks.memory
 	.venv/bin/python -m benchmarks.load
+	.venv/bin/python -m benchmarks.quality
 	.venv/bin/python -m benchmarks.serving
 	.venv/bin/python -m benchmarks.evaluation replicas
 	.venv/bin/python -m benchmarks.evaluation solutions

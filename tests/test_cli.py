@@ -350,6 +350,20 @@ def test_weights_are_converted_verified_and_described(
     assert "4 rows of 100 tokens" in described
     run(monkeypatch, "verify", two)
     assert "consolidated.01.pth" in capsys.readouterr().out
+    codes = str(tmp_path / "codes")
+    run(monkeypatch, "convert", two, codes, "--quantize", "int8", "--dtype", "bfloat16")
+    run(monkeypatch, "complete", "--prompt", "[1, 2]", "--ckpt_dir", codes, *FLAGS)
+    run(monkeypatch, "verify", codes)
+    assert "codes of int8" in capsys.readouterr().out
+    run(monkeypatch, "info", codes, "--dtype", "bfloat16")
+    held = capsys.readouterr().out
+    assert "stored as    bfloat16, int8" in held
+    run(monkeypatch, "info", two, "--dtype", "bfloat16", "--quantize", "int8")
+    assert held[held.index("runs as") :] == (text := capsys.readouterr().out)[text.index("runs as") :]
+    with pytest.raises(SystemExit, match="quantize is 'int4', but these weights are stored as int8"):
+        run(monkeypatch, "complete", "--prompt", "x", "--ckpt_dir", codes, "--quantize", "int4", *FLAGS)
+    with pytest.raises(SystemExit, match="quantize is 'int2'; one of int8"):
+        run(monkeypatch, "convert", two, str(tmp_path / "no"), "--quantize", "int2")
 
 
 def test_a_fault_in_weights_is_exit_status_1(

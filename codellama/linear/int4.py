@@ -11,12 +11,6 @@ from torch import Tensor
 from codellama.linear.matrix import Matrix, find_gpu, find_kernels
 from codellama.native.kernels import Kernels
 
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-"""Parts of a group's range that are tried, largest first."""
-
-PIECE = 2**18
-"""Numbers that are rounded at once on a CPU, so that what is made of them stays in caches."""
-
 
 class Int4(Matrix):
     """w = (code - 8) · scale + zero, the convention of torch's own int4 products.
@@ -81,6 +75,13 @@ class Int4(Matrix):
         stop = self.out_features if stop is None else stop
         out = torch.empty(stop - start, self.in_features, dtype=self.compute, device="cpu")
         return self._native.unpack_int4(self.packed, self.out_features, self.group, out, start)
+
+
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+"""Parts of a group's range that are tried, largest first."""
+
+PIECE = 2**18
+"""Numbers that are rounded at once on a CPU, so that what is made of them stays in caches."""
 
 
 def quantize_int4(rows: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -188,7 +188,7 @@ def test_what_is_refused(source: Path, tmp_path: Path) -> None:
             convert(source, target, format="meta")
     with pytest.raises(CheckpointError, match="there is no folder"):
         convert(source, tmp_path / "nowhere" / "target", format="meta")
-    with pytest.raises(ValueError, match="format is 'pth'; one of meta, huggingface was expected"):
+    with pytest.raises(ValueError, match="format is 'pth'; one of meta, huggingface, quantized was expected"):
         convert(source, tmp_path / "target", format="pth")
     with pytest.raises(ValueError, match="dtype is 'int8'; one of bfloat16"):
         convert(source, tmp_path / "target", format="meta", dtype="int8")

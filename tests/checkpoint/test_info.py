@@ -26,7 +26,7 @@ def test_a_checkpoint_in_numbers(tmp_path: Path, format: str) -> None:
     assert sum(found.files.values()) > 2 * found.parameters
     assert (found.infilling, found.chat) == (True, "instruct")
     runtime = RuntimeArgs(max_seq_len=64, max_batch_size=3)
-    assert found.budgets == {size: plan_budget(found.args, runtime, size, 2) for size in (1, 2, 4, 8)}
+    assert found.budgets == {size: plan_budget(found.args, runtime, size, 2, 2) for size in (1, 2, 4, 8)}
     text = found.describe()
     assert f"parameters   {found.parameters:,}" in text
     assert "bfloat16, 3 rows of 64 tokens" in text

@@ -218,7 +218,7 @@ WQ = "layers.0.attention.wq.weight"
         (lambda table: set_metadata(table, params="\ud800"), "the params of .* is not JSON"),
         (lambda table: set_params(table, more=1), "as params.json does, but .*does not know: more"),
         (lambda table: set_params(table, n_layers=10**9), "asks for 1000000000 layers, but it holds"),
-        (lambda table: set_params(table, multiple_of=11), "cannot be what its metadata say: groups of 64 do"),
+        (lambda table: set_params(table, multiple_of=11), "what its metadata say: groups of 64 do not divide"),
         (lambda table: set_params(table, n_layers=3), "lacks layers.2.attention.wq.weight.codes; .* and 20 more"),
         (lambda table: set_params(table, n_layers=1), r"holds .*which its metadata have no place for"),
         (lambda table: set_params(table, vocab_size=328), r"tok_embeddings.weight is \[320, 128\], expected \[328"),
@@ -280,4 +280,4 @@ def test_memory_is_that_of_a_piece_while_converting_and_of_the_codes_while_loadi
     assert int(run.stdout) < 80e6
     alone = run_processes(tmp_path / "codes", 1)
     assert 30 < alone["weights_MB"] < 50
-    assert alone["above_MB"] < 20
+    assert alone["above_MB"] < 40
