@@ -15,6 +15,7 @@ from codellama.device import choose_dtype
 from codellama.errors import ParallelSizeError
 from codellama.memory import Budget, format_bytes, plan_budget
 from codellama.parallel import Parallel
+from codellama.tokenizer import Tokenizer
 
 SIZES = (1, 2, 4, 8)
 """Numbers of ranks for which memory is told, where they divide the model."""
@@ -31,7 +32,7 @@ class Info:
         dtypes: what the tensors are stored as, or read as.
         args: the architecture.
         infilling: whether the tokenizer has the four pieces of infilling.
-        chat: the chat format that the tokenizer calls for: steps (70B Instruct) or instruct (all others).
+        chat: the chat format that the tokenizer calls for: steps (70B Instruct), turns (CodeGemma) or instruct.
         runtime, dtype: what `budgets` is for.
         budgets: what each rank needs, by number of ranks.
     """
@@ -95,7 +96,6 @@ def info(
     checkpoint = open_checkpoint(path, tokenizer_path, rope_theta, checkpoint_format=checkpoint_format)
     args, words = checkpoint.args, checkpoint.tokenizer()
     listed = checkpoint.files(Path(path), None if tokenizer_path is None else Path(tokenizer_path), rope_theta)
-    pieces = (words.prefix_id, words.suffix_id, words.middle_id, words.eot_id)
     dtypes = {str(checkpoint.read(name, 0, 0, 1).dtype).removeprefix("torch.") for name in checkpoint.names()}
     return Info(
         format=checkpoint.format_name,
@@ -103,12 +103,18 @@ def info(
         parameters=sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names()),
         dtypes=tuple(sorted(dtypes)),
         args=args,
-        infilling=None not in pieces,
-        chat="instruct" if words.step_id is None else "steps",
+        infilling=words.can_infill,
+        chat=_chat_format(words),
         runtime=runtime,
         dtype=str(kind).removeprefix("torch."),
         budgets={size: plan_budget(args, runtime, size, kind.itemsize) for size in SIZES if _divides(args, size)},
     )
+
+
+def _chat_format(words: Tokenizer) -> str:
+    if words.step_id is not None:
+        return "steps"
+    return "instruct" if None in (words.turn_start_id, words.turn_end_id) else "turns"
 
 
 def _memory(budget: Budget) -> str:
