@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 from codellama.config import Grammar, LogitsProcessor, SamplingParams
-from codellama.errors import PromptError
+from codellama.errors import PromptError, shown
 from codellama.generation.prompt import Prompt
 from codellama.generation.request import Completion, FinishReason
 from codellama.tokenizer import Tokenizer
@@ -133,8 +133,7 @@ def split_files(options: InfillingOptions) -> tuple[SamplingOptions, list[tuple[
         raise TypeError(f"context_files is a {type(files).__name__}; a list of (path, text) was expected")
     for index, file in enumerate(files):
         if not isinstance(file, tuple | list) or len(file) != 2 or not all(isinstance(part, str) for part in file):
-            found = f"a {type(file).__name__}" if not isinstance(file, tuple | list) else f"{len(file)} things"
-            raise TypeError(f"context_files holds {found} at {index}; (path, text), two strings, was expected")
+            raise TypeError(f"context_files holds {shown(file)} at {index}; (path, text), two strings, was expected")
     return sampling, [(path, text) for path, text in files]
 
 
