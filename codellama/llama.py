@@ -15,7 +15,6 @@ import torch
 
 from codellama.assembly import DEMO, Parts, assemble, equip
 from codellama.config import RuntimeArgs
-from codellama.errors import PromptError
 from codellama.generation.prompt import Prompt
 from codellama.generation.request import Completion
 from codellama.model import Transformer
@@ -24,15 +23,18 @@ from codellama.prompts import Dialog
 from codellama.results import (
     ChatPrediction,
     CompletionPrediction,
+    InfillingOptions,
     InfillingPrediction,
     SamplingOptions,
     describe_chat,
     describe_gap,
     describe_text,
     listed,
+    paired,
     refuse_alternatives,
     sampling_params,
     seeded,
+    split_files,
 )
 from codellama.safety import AnswerGate, SafetyHook, Screening, admit
 from codellama.tokenizer import Tokenizer
@@ -109,8 +111,7 @@ class Llama:
             chunk_size: prompts are prefilled in chunks of so many tokens.
             cache_dtype: "int8" holds keys and values in 8 bits, so that rows can be longer; None in the model's dtype.
             checkpoint_format: meta, huggingface, gguf or quantized, for a folder that holds several; None finds it.
-            quantize: "int8", "int4", "int4-g64" or "int4-g128" rounds the matrices as they are loaded; what
-                `codellama convert --quantize` wrote needs none.
+            quantize: "int8", "int4", "int4-g64" or "int4-g128" rounds matrices as they are loaded, if they are not yet.
             progress: show a loading bar; None is on world rank 0 when stderr is a terminal.
 
         Raises:
@@ -229,20 +230,19 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         suffix_first: bool = False,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[InfillingOptions],
     ) -> list[InfillingPrediction]:
-        """Fill the gaps between prefixes and suffixes. See `generate` for the other arguments.
+        """Fill the gaps between prefixes and suffixes; context_files=[(path, text), …] are files that stand before.
 
         Raises:
             PromptError: the tokenizer has no infilling pieces, or the numbers of prefixes and suffixes differ.
         """
 
         def make() -> list[Prompt]:
-            params = sampling_params(options, temperature, top_p, max_gen_len, logprobs)
-            if len(listed(prefixes)) != len(listed(suffixes)):
-                raise PromptError(f"{len(prefixes)} prefixes but {len(suffixes)} suffixes; a gap has one of each")
-            gaps = enumerate(zip(prefixes, suffixes, strict=True))
-            return [self.prompts.gap(*gap, params, suffix_first, f"gap {index}") for index, gap in gaps]
+            asked, files = split_files(options)
+            params = sampling_params(asked, temperature, top_p, max_gen_len, logprobs)
+            gaps = enumerate(paired(prefixes, suffixes))
+            return [self.prompts.gap(*gap, params, suffix_first, f"gap {index}", files) for index, gap in gaps]
 
         return [describe_gap(*done, self.tokenizer) for done in self._complete(make, options)]
 
@@ -298,13 +298,14 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         suffix_first: bool = False,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[InfillingOptions],
     ) -> Iterator[str]:
         """Yield the pieces of text_infilling's generation as they become certain; nothing on other ranks."""
 
         def make() -> Prompt:
-            params = sampling_params(options, temperature, top_p, max_gen_len)
-            return self.prompts.gap(prefix, suffix, params, suffix_first)
+            asked, files = split_files(options)
+            params = sampling_params(asked, temperature, top_p, max_gen_len)
+            return self.prompts.gap(prefix, suffix, params, suffix_first, context_files=files)
 
         return self._stream(make, options)
 

@@ -3,11 +3,12 @@
 They know nothing of how a generation is made.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 from codellama.config import Grammar, LogitsProcessor, SamplingParams
+from codellama.errors import PromptError, shown
 from codellama.generation.prompt import Prompt
 from codellama.generation.request import Completion, FinishReason
 from codellama.tokenizer import Tokenizer
@@ -33,6 +34,15 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | Sequence[int] | None
     top_logprobs: int
     logits_processor: LogitsProcessor | None
+
+
+class InfillingOptions(SamplingOptions, total=False):
+    """Keyword arguments of the infilling methods.
+
+    context_files are other files that help, each a path and its text; they stand before every gap of the call.
+    """
+
+    context_files: Sequence[tuple[str, str]]
 
 
 class Prediction(TypedDict):
@@ -109,6 +119,33 @@ def sampling_params(
         echo=echo,
     )
     return params if stop_token is None else replace(params, stop_tokens=params.stop_tokens | {stop_token})
+
+
+def split_files(options: InfillingOptions) -> tuple[SamplingOptions, list[tuple[str, str]]]:
+    """Part the arguments of an infilling call: those of sampling, and the files that stand before the gap.
+
+    Raises:
+        TypeError: the files are not a list of a path and a text each.
+    """
+    sampling: Any = dict(options)
+    files = sampling.pop("context_files", ())
+    if isinstance(files, str) or not isinstance(files, Sequence):
+        raise TypeError(f"context_files is a {type(files).__name__}; a list of (path, text) was expected")
+    for index, file in enumerate(files):
+        if not isinstance(file, tuple | list) or len(file) != 2 or not all(isinstance(part, str) for part in file):
+            raise TypeError(f"context_files holds {shown(file)} at {index}; (path, text), two strings, was expected")
+    return sampling, [(path, text) for path, text in files]
+
+
+def paired(prefixes: Sequence[str], suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Put together what surrounds each gap.
+
+    Raises:
+        TypeError: not two lists; PromptError: of different lengths.
+    """
+    if len(listed(prefixes)) != len(listed(suffixes)):
+        raise PromptError(f"{len(prefixes)} prefixes but {len(suffixes)} suffixes; a gap has one of each")
+    return zip(prefixes, suffixes, strict=True)
 
 
 def seeded(prompts: list[Prompt], options: SamplingOptions) -> list[Prompt]:

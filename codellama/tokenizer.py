@@ -1,4 +1,4 @@
-"""SentencePiece with Code Llama's special ids, and exact decoding, whole or token by token.
+"""SentencePiece with the special ids of Code Llama and CodeGemma, and exact decoding, whole or token by token.
 
 It knows nothing of prompt formats: which ids surround a text is written in `prompts/`. Text never encodes to the id of
 a special piece; such ids come from the attributes below alone, so that no text can forge a prompt's structure.
@@ -18,6 +18,10 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 """normalizer_spec {add_dummy_prefix: false} in protobuf: appended to a model it overrides that one field, since a
 repeated message is merged. Source: sentencepiece_model.proto, and protobuf's encoding rules ("last one wins")."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+PREFIX, SUFFIX, MIDDLE, FILE_SEPARATOR = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_separator|>"
+TURN_START, TURN_END = "<start_of_turn>", "<end_of_turn>"
+GEMMA_PIECES = (PREFIX, SUFFIX, MIDDLE, FILE_SEPARATOR, TURN_START, TURN_END)
+"""CodeGemma's special pieces, as its vocabulary spells them."""
 
 
 class Tokenizer:
@@ -25,9 +29,13 @@ class Tokenizer:
 
     Attributes:
         n_words: size of the vocabulary.
-        bos_id: begin of sequence; eos_id: end of sequence; pad_id: -1, since there is no such piece.
-        prefix_id, suffix_id, middle_id, eot_id: the infilling pieces, None where the tokenizer lacks them.
-        step_id: end of a message in the 70B chat format, None where the tokenizer lacks it.
+        bos_id: begin of sequence; eos_id: end of sequence; pad_id: padding, -1 where there is no such piece.
+        prefix_id, suffix_id, middle_id: the infilling pieces, Code Llama's or else CodeGemma's.
+        eot_id: ends a middle of Code Llama's; file_separator_id: stands between files, in CodeGemma's vocabulary.
+        step_id: end of a message in the 70B chat format.
+        turn_start_id, turn_end_id: around a message in CodeGemma's chat format.
+        special_ids: all of these pieces that there are. Where the tokenizer lacks one, it is None.
+        implicit_space: whether a text is encoded with a space before it, as the model file says.
         model_bytes: content of the `tokenizer.model`.
     """
 
@@ -67,18 +75,31 @@ class Tokenizer:
         self.bos_id: int = self._spaced.bos_id()
         self.eos_id: int = self._spaced.eos_id()
         self.pad_id: int = self._spaced.pad_id()
-        self.prefix_id = self._find(f"{_SPACE}<PRE>")
-        self.suffix_id = self._find(f"{_SPACE}<SUF>")
-        self.middle_id = self._find(f"{_SPACE}<MID>")
-        self.eot_id = self._find(f"{_SPACE}<EOT>")
-        self.step_id = self._find("<step>")
-        special = (self.prefix_id, self.suffix_id, self.middle_id, self.eot_id, self.step_id)
-        self._spelled = {id: self._spell(id) for id in special if id is not None}
+        # SentencePiece has no accessor for it. What it cuts "a" into spells the text that it cuts, and shows the space.
+        cut = [words.encode("a", out_type=str) for words in (self._spaced, self._plain)]
+        self.implicit_space: bool = cut[0] != cut[1]
+        llama = ("<PRE>", "<SUF>", "<MID>", "<EOT>")
+        found = {piece: self._find(_SPACE + piece) for piece in llama}
+        found |= {piece: self._find(piece) for piece in ("<step>", *GEMMA_PIECES)}
+        # One family's, never a mixture: a vocabulary that spells both is Code Llama's with words added.
+        ours = llama if any(found[piece] is not None for piece in llama) else (PREFIX, SUFFIX, MIDDLE)
+        self.prefix_id, self.suffix_id, self.middle_id = (found[piece] for piece in ours[:3])
+        self.eot_id, self.step_id = found["<EOT>"], found["<step>"]
+        self.file_separator_id = found[FILE_SEPARATOR] if ours is not llama else None
+        self.turn_start_id, self.turn_end_id = found[TURN_START], found[TURN_END]
+        self.special_ids = frozenset(id for id in found.values() if id is not None)
+        self._spelled = {id: self._spell(id) for id in self.special_ids}
         self._bytes = [self._piece_bytes(id) for id in range(self.n_words)]
         self._shown = [b"" if id in self._spelled else content for id, content in enumerate(self._bytes)]
 
+    @property
+    def can_infill(self) -> bool:
+        """True where it has the four pieces of infilling: three, and what ends a middle or separates files."""
+        fourth = self.eot_id if self.file_separator_id is None else self.file_separator_id
+        return None not in (self.prefix_id, self.suffix_id, self.middle_id, fourth)
+
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """Encode a text as SentencePiece does, with its implicit leading space; special pieces are spelled out."""
+        """Encode a text as SentencePiece does, with the implicit space if there is one; special pieces are spelled."""
         ids = self._spell_out(self._spaced.encode(_checked(s)))
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
@@ -87,8 +108,10 @@ class Tokenizer:
         return self._spell_out(self._plain.encode(_checked(s)))
 
     def decode(self, t: Sequence[int]) -> str:
-        """Decode ids that begin a text: the implicit leading space is dropped, as SentencePiece does."""
+        """Decode ids that begin a text: the implicit leading space, if there is one, is dropped."""
         text = self.decode_infilling(t)
+        if not self.implicit_space:
+            return text
         first = next((id for id in t if self._bytes[id]), None)
         implicit = first is not None and self.token_piece(first).startswith(_SPACE)
         return text.removeprefix(" ") if implicit else text

@@ -249,6 +249,39 @@ def test_a_tag_may_be_allowed_and_is_plain_text(llama: Llama) -> None:
     assert result["finish_reason"] == "length"
 
 
+def test_files_beside_a_gap(llama: Llama) -> None:
+    """They are read, and are no part of the text; the same as comments in the prefix."""
+    options: dict[str, Any] = {"temperature": 0, "max_gen_len": 6}
+    files = [("a.py", "A = 1")]
+    given = llama.text_infilling(["def ", "x"], ["\n", "y"], context_files=files, **options)
+    written = llama.text_infilling(["# a.py\n# A = 1\n\n" + text for text in ("def ", "x")], ["\n", "y"], **options)
+    assert [gap["generation"] for gap in given] == [gap["generation"] for gap in written]
+    assert given[0]["full_text"] == "def " + given[0]["generation"] + "\n"
+    streamed = "".join(llama.stream_infilling("def ", "\n", context_files=files, **options))
+    assert streamed == given[0]["generation"]
+    assert given[0] != llama.text_infilling(["def "], ["\n"], **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ("a.py", "context_files is a str"),
+        ({"a.py": "A"}, "context_files is a dict"),
+        (["a.py"], "context_files holds 'a.py' at 0"),
+        ([("a", "b"), ("a.py",)], r"context_files holds \('a\.py',\) at 1"),
+        ([("a", None)], r"context_files holds \('a', None\) at 0"),
+    ],
+)
+def test_files_of_the_wrong_kind(llama: Llama, files: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        llama.text_infilling(["a"], ["b"], context_files=files)
+
+
+def test_only_infilling_takes_files(llama: Llama) -> None:
+    with pytest.raises(TypeError, match="unknown argument context_files"):
+        llama.text_completion(["a"], context_files=[("a", "b")])  # type: ignore[call-arg]
+
+
 def test_infilling_without_the_pieces(tmp_path: Path) -> None:
     llama = Llama.build(tiny.tiny_checkpoint(tmp_path, pieces=()), max_seq_len=64, dtype="float32")
     with pytest.raises(PromptError, match="this model cannot infill"):

@@ -12,7 +12,7 @@ from codellama.chat.interrupt import Interrupt
 from codellama.chat.model import Model, TooLongError
 from codellama.chat.screen import Screen
 from codellama.errors import CodeLlamaError, RankError
-from codellama.prompts import TAGS
+from codellama.prompts import TAGS, TURN_TAGS
 
 _ROOM = 256  # tokens that an answer should have, where nobody has said it
 
@@ -118,7 +118,7 @@ class Terminal:
         if not answer:
             said = "stopped before the answer began" if stopped else "the answer is empty"
             self._screen.warn(f"{said}, so this turn is not kept; /retry asks again")
-        elif any(tag in answer for tag in TAGS):
+        elif any(tag in answer for tag in (*TAGS, *TURN_TAGS)):
             conversation.forget_turn()
             self._screen.warn("the answer holds tags of the chat format, so this turn is forgotten")
         else:

@@ -1,9 +1,9 @@
 """The vocabulary inside a GGUF file as a SentencePiece model, which it came from, so that there is one Tokenizer.
 
 It knows nothing of weights. A SentencePiece model is a protobuf message, of which a few fields are enough; they are
-written by hand here. Sources: sentencepiece_model.proto; protobuf's encoding rules; tokenizer.ggml.* in ggml's
-docs/gguf.md. llama.cpp normalises nothing, writes spaces as U+2581, puts one before the text unless add_space_prefix is
-false, merges by score, and falls back to bytes: the same as this model.
+written by hand here. Sources: sentencepiece_model.proto; tokenizer.ggml.* in ggml's docs/gguf.md. llama.cpp normalises
+nothing, writes spaces as U+2581, puts one before the text unless add_space_prefix is false, merges by score, and falls
+back to bytes: the same as this model.
 """
 
 import array
@@ -11,12 +11,20 @@ import struct
 from collections.abc import Sequence
 
 from codellama.checkpoint.gguf_header import Header
+from codellama.checkpoint.piece_names import is_unused, name_pieces
+from codellama.checkpoint.protobuf import bytes_field, message, varint_field
 from codellama.errors import CheckpointError, shown
+from codellama.tokenizer import FILE_SEPARATOR, MIDDLE, PREFIX, SUFFIX, TURN_END
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 """Kinds of pieces; GGUF's token_type has SentencePiece's numbers."""
 _BPE = 2  # TrainerSpec.ModelType
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}".encode()
+_NAMES = {
+    "prefix": PREFIX, "fim_pre": PREFIX, "suffix": SUFFIX, "fim_suf": SUFFIX, "middle": MIDDLE, "fim_mid": MIDDLE,
+    "fsep": FILE_SEPARATOR, "fim_sep": FILE_SEPARATOR, "eot": TURN_END,
+}  # fmt: skip
+"""What tokenizer.ggml.*_token_id name, in llama.cpp's older and newer words, where a piece itself is called unused."""
 
 
 def build_sentencepiece(header: Header) -> bytes:
@@ -51,27 +59,49 @@ def build_sentencepiece(header: Header) -> bytes:
                 f"one of type {wanted} was expected"
             )
     add_space = header.find("tokenizer.ggml.add_space_prefix", bool)
-    return b"".join(
+    pad = _pad(header, types, ids)
+    model = b"".join(
         [
             *(_piece(*entry) for entry in zip(_spelled(pieces, types), scores, types, strict=True)),
-            _message(
+            message(
                 2,  # trainer_spec
-                _varint_field(3, _BPE),
-                _varint_field(4, len(pieces)),
-                _varint_field(35, _BYTE in types),
-                *(_varint_field(40 + i, ids[name]) for i, name in enumerate(("unknown", "bos", "eos"))),
-                _varint_field(43, -1),  # no pad piece
-                *(_bytes_field(45 + i, pieces[ids[name]]) for i, name in enumerate(("unknown", "bos", "eos"))),
+                varint_field(3, _BPE),
+                varint_field(4, len(pieces)),
+                varint_field(35, _BYTE in types),
+                *(varint_field(40 + i, ids[name]) for i, name in enumerate(("unknown", "bos", "eos"))),
+                varint_field(43, -1 if pad is None else pad),
+                b"" if pad is None else bytes_field(48, pieces[pad]),
+                *(bytes_field(45 + i, pieces[ids[name]]) for i, name in enumerate(("unknown", "bos", "eos"))),
             ),
-            _message(
+            message(
                 3,  # normalizer_spec
-                _bytes_field(1, b"identity"),
-                _varint_field(3, add_space is not False),
-                _varint_field(4, False),  # remove_extra_whitespaces
-                _varint_field(5, True),  # escape_whitespaces
+                bytes_field(1, b"identity"),
+                varint_field(3, add_space is not False),
+                varint_field(4, False),  # remove_extra_whitespaces
+                varint_field(5, True),  # escape_whitespaces
             ),
         ]
     )
+    names = _names(header, pieces)
+    return name_pieces(model, names, str(where)) if names else model
+
+
+def _names(header: Header, pieces: Sequence[bytes]) -> dict[str, int]:
+    """Ids of pieces that are called unused, but that the file says the use of."""
+    names = {}
+    for key, name in _NAMES.items():
+        id = header.find(f"tokenizer.ggml.{key}_token_id", int)
+        if id is not None and 0 <= id < len(pieces) and is_unused(pieces[id].decode()):
+            names[name] = id
+    return names
+
+
+def _pad(header: Header, types: Sequence[int], ids: dict[str, int]) -> int | None:
+    """Find the piece of padding; some files name another one's, since llama.cpp pads with nothing."""
+    id = header.find("tokenizer.ggml.padding_token_id", int)
+    if id is None or not 0 <= id < len(types) or types[id] != _CONTROL or id in ids.values():
+        return None
+    return id
 
 
 def _check_types(where: object, pieces: Sequence[bytes], types: Sequence[int]) -> None:
@@ -127,26 +157,4 @@ def _spelled(pieces: Sequence[bytes], types: Sequence[int]) -> list[bytes]:
 
 def _piece(piece: bytes, score: float, kind: int) -> bytes:
     """One SentencePiece of the model: piece = 1, score = 2 (float, wire type 5), type = 3."""
-    return _message(1, _bytes_field(1, piece), b"\x15" + struct.pack("<f", score), _varint_field(3, kind))
-
-
-def _message(number: int, *fields: bytes) -> bytes:
-    return _bytes_field(number, b"".join(fields))
-
-
-def _bytes_field(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def _varint_field(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value & (2**64 - 1))  # a negative int32 is written as 64 bits
-
-
-def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the eighth says that more follow."""
-    written = bytearray()
-    while value > 127:
-        written.append(value & 127 | 128)
-        value >>= 7
-    written.append(value)
-    return bytes(written)
+    return message(1, bytes_field(1, piece), b"\x15" + struct.pack("<f", score), varint_field(3, kind))

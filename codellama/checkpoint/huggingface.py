@@ -17,6 +17,7 @@ from torch import Tensor
 from codellama.checkpoint.faults import read_json, some, vocabulary_hint
 from codellama.checkpoint.huggingface_config import args_from_config
 from codellama.checkpoint.layout import PlainNumbers, place_for, tensor_shapes
+from codellama.checkpoint.piece_names import open_with_names
 from codellama.checkpoint.safetensors_header import Entry, read_header
 from codellama.errors import CheckpointError, shown
 from codellama.tokenizer import Tokenizer
@@ -196,7 +197,7 @@ def _open_tokenizer(folder: Path, tokenizer_path: Path | None) -> Tokenizer:
             f"{folder} holds no tokenizer.model, and a tokenizer.json alone is not enough: copy the file from the same "
             f"model's page or from its release in Meta's layout, or pass tokenizer_path"
         )
-    return Tokenizer(path)
+    return open_with_names(path)
 
 
 def _find_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:

@@ -17,6 +17,7 @@ from codellama.errors import ParallelSizeError, QuantizationError
 from codellama.memory import Budget, format_bytes, plan_budget
 from codellama.parallel import Parallel
 from codellama.quantization import Quantization
+from codellama.tokenizer import Tokenizer
 
 SIZES = (1, 2, 4, 8)
 """Numbers of ranks for which memory is told, where they divide the model."""
@@ -33,7 +34,7 @@ class Info:
         dtypes: what the tensors are stored as, or read as; matrices that are codes by the name of their quantization.
         args: the architecture.
         infilling: whether the tokenizer has the four pieces of infilling.
-        chat: the chat format that the tokenizer calls for: steps (70B Instruct) or instruct (all others).
+        chat: the chat format that the tokenizer calls for: steps (70B Instruct), turns (CodeGemma) or instruct.
         runtime, dtype, quantization: what `budgets` is for.
         budgets: what each rank needs, by number of ranks.
     """
@@ -107,7 +108,6 @@ def info(
     args, words, stored = checkpoint.args, checkpoint.tokenizer(), checkpoint.quantization
     quantization = choose_quantization(checkpoint, asked)
     listed = checkpoint.files(Path(path), None if tokenizer_path is None else Path(tokenizer_path), rope_theta)
-    pieces = (words.prefix_id, words.suffix_id, words.middle_id, words.eot_id)
     plain = [name for name in checkpoint.names() if stored is None or not is_matrix(name)]
     dtypes = {str(checkpoint.read(name, 0, 0, 1).dtype).removeprefix("torch.") for name in plain}
     return Info(
@@ -116,8 +116,8 @@ def info(
         parameters=sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names()),
         dtypes=tuple(sorted(dtypes | ({str(stored)} if stored else set()))),
         args=args,
-        infilling=None not in pieces,
-        chat="instruct" if words.step_id is None else "steps",
+        infilling=words.can_infill,
+        chat=_chat_format(words),
         runtime=runtime,
         dtype=str(kind).removeprefix("torch."),
         quantization=quantization,
@@ -127,6 +127,12 @@ def info(
             if _divides(args, size, quantization)
         },
     )
+
+
+def _chat_format(words: Tokenizer) -> str:
+    if words.step_id is not None:
+        return "steps"
+    return "instruct" if None in (words.turn_start_id, words.turn_end_id) else "turns"
 
 
 def _memory(budget: Budget) -> str:

@@ -14,7 +14,13 @@ from codellama.config import LogitsProcessor, SamplingParams
 from codellama.errors import GrammarError, PromptError
 from codellama.generation.grammar import Grammars, Matcher
 from codellama.generation.request import GeneratedText, Request, check_ids
-from codellama.prompts import Dialog, format_for, infilling_prompt_tokens, infilling_stop_tokens
+from codellama.prompts import (
+    Dialog,
+    format_for,
+    infilling_prompt_tokens,
+    infilling_stop_tokens,
+    text_stop_tokens,
+)
 from codellama.tokenizer import Tokenizer
 
 
@@ -71,17 +77,23 @@ class PromptMaker:
         return self._checked(tokens, params, where)
 
     def text(self, text: str, params: SamplingParams, where: str = "the prompt") -> Prompt:
-        """Continue a text, until eos."""
+        """Continue a text, until eos or the file's end."""
         with _named(where):
             tokens = self._tokenizer.encode(text, bos=True, eos=False)
-        return replace(self._checked(tokens, _stopping(params, {self._tokenizer.eos_id}), where), before=text)
+        return replace(self._checked(tokens, _stopping(params, text_stop_tokens(self._tokenizer)), where), before=text)
 
     def gap(
-        self, prefix: str, suffix: str, params: SamplingParams, suffix_first: bool = False, where: str = "the gap"
+        self,
+        prefix: str,
+        suffix: str,
+        params: SamplingParams,
+        suffix_first: bool = False,
+        where: str = "the gap",
+        context_files: Sequence[tuple[str, str]] = (),
     ) -> Prompt:
-        """Fill what stands between prefix and suffix, until EOT or eos."""
+        """Fill what stands between prefix and suffix, until the middle's or the text's end."""
         with _named(where):
-            tokens = infilling_prompt_tokens(self._tokenizer, prefix, suffix, suffix_first)
+            tokens = infilling_prompt_tokens(self._tokenizer, prefix, suffix, suffix_first, context_files)
         checked = self._checked(tokens, _stopping(params, infilling_stop_tokens(self._tokenizer)), where)
         return replace(checked, before=prefix, after=suffix)
 
@@ -123,7 +135,7 @@ class PromptMaker:
             GeneratedText(
                 self._tokenizer,
                 prompt.params.stop,
-                drop_space=prompt.tokens == [self._tokenizer.bos_id],
+                drop_space=self._tokenizer.implicit_space and prompt.tokens == [self._tokenizer.bos_id],
                 strip=prompt.strip,
             ),
             prompt.where,

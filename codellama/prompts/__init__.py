@@ -5,14 +5,16 @@ Nothing here knows of the model or of torch.
 
 from typing import Protocol
 
-from codellama.prompts.dialog import TAGS, Dialog, Message, Role, check_dialog
-from codellama.prompts.infilling import infilling_prompt_tokens, infilling_stop_tokens
+from codellama.prompts.dialog import TAGS, TURN_TAGS, Dialog, Message, Role, check_dialog
+from codellama.prompts.gemma import TurnsFormat
+from codellama.prompts.infilling import infilling_prompt_tokens, infilling_stop_tokens, text_stop_tokens
 from codellama.prompts.instruct import InstructFormat
 from codellama.prompts.steps import StepsFormat
 from codellama.tokenizer import Tokenizer
 
 __all__ = [
     "TAGS",
+    "TURN_TAGS",
     "Dialog",
     "Message",
     "PromptFormat",
@@ -22,6 +24,7 @@ __all__ = [
     "format_for",
     "infilling_prompt_tokens",
     "infilling_stop_tokens",
+    "text_stop_tokens",
 ]
 
 
@@ -36,10 +39,15 @@ class PromptFormat(Protocol):
 
 
 def format_for(tokenizer: Tokenizer) -> PromptFormat:
-    """Choose the chat format by what the tokenizer holds: with the step piece it is the 70B format."""
-    if tokenizer.step_id is None:
-        return InstructFormat(tokenizer)
-    return StepsFormat(tokenizer, tokenizer.step_id)
+    """Choose the chat format by what the tokenizer holds.
+
+    With the step piece it is the 70B format, with the two pieces around a turn CodeGemma's, else [INST].
+    """
+    if tokenizer.step_id is not None:
+        return StepsFormat(tokenizer, tokenizer.step_id)
+    if tokenizer.turn_start_id is not None and tokenizer.turn_end_id is not None:
+        return TurnsFormat(tokenizer, tokenizer.turn_start_id, tokenizer.turn_end_id)
+    return InstructFormat(tokenizer)
 
 
 def dialog_prompt_tokens(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:

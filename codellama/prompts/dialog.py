@@ -1,17 +1,20 @@
 """What a chat is: messages with a role and content, and which sequences of them the models were trained on.
 
-It knows nothing of how a dialog is written as tokens: that is `instruct.py` and `steps.py`.
+It knows nothing of how a dialog is written as tokens: that is `instruct.py`, `steps.py` and `gemma.py`.
 """
 
 from collections.abc import Sequence
 from typing import Literal, NotRequired, TypedDict
 
 from codellama.errors import PromptError
+from codellama.tokenizer import TURN_END, TURN_START
 
 Role = Literal["system", "user", "assistant"]
 
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<step>")
-"""Structure of the two chat formats. Inside a message they could forge the words of another role."""
+"""Structure of Code Llama's two chat formats. Inside a message they could forge the words of another role."""
+TURN_TAGS = (TURN_START, TURN_END)
+"""Structure of CodeGemma's chat format, likewise."""
 
 
 class Message(TypedDict):
@@ -25,12 +28,13 @@ class Message(TypedDict):
 Dialog = Sequence[Message]
 
 
-def check_dialog(dialog: Dialog, allow_tags: bool = False) -> None:
-    """Refuse what no Code Llama chat format can express.
+def check_dialog(dialog: Dialog, allow_tags: bool = False, tags: Sequence[str] = TAGS) -> None:
+    """Refuse what no chat format can express.
 
     Args:
         dialog: an optional system message, then user and assistant in turn, user first and last.
-        allow_tags: let messages contain the formats' own tags, as plain text.
+        allow_tags: let messages contain the format's own tags, as plain text.
+        tags: which these are.
 
     Raises:
         PromptError: naming the message, what was found and what was expected.
@@ -40,7 +44,7 @@ def check_dialog(dialog: Dialog, allow_tags: bool = False) -> None:
     if not dialog:
         raise PromptError("the dialog is empty; it needs at least one user message")
     for index, message in enumerate(dialog):
-        _check_message(index, message, allow_tags)
+        _check_message(index, message, () if allow_tags else tags)
     roles = [message["role"] for message in dialog]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns:
@@ -56,7 +60,7 @@ def check_dialog(dialog: Dialog, allow_tags: bool = False) -> None:
         raise PromptError(f"message {len(roles) - 1}, the last one, is from {turns[-1]!r}; it must be from 'user'")
 
 
-def _check_message(index: int, message: Message, allow_tags: bool) -> None:
+def _check_message(index: int, message: Message, tags: Sequence[str]) -> None:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise PromptError(f"message {index} is {message!r}; a dict with role and content was expected")
     unknown = sorted(message.keys() - {"role", "content", "destination"})
@@ -68,8 +72,8 @@ def _check_message(index: int, message: Message, allow_tags: bool) -> None:
         text = message.get(key, "")
         if not isinstance(text, str):
             raise PromptError(f"message {index} has a {key} of type {type(text).__name__}; a string was expected")
-        tag = next((tag for tag in TAGS if tag in text), None)
-        if tag is not None and not allow_tags:
+        tag = next((tag for tag in tags if tag in text), None)
+        if tag is not None:
             raise PromptError(
                 f"message {index} ({message['role']}) contains {tag}, which is structure of the chat format and could "
                 f"forge another role's words: remove it (the library's chat calls can take it as plain text)"

@@ -36,7 +36,7 @@ class Choice:
         self._wants_scores = prompt.params.logprobs
         self._before = self._first = prompt.before if echo else ""
         self._echoed = len(prompt.tokens) if prompt.params.echo else 0
-        self._drops_space = prompt.tokens == [tokenizer.bos_id]  # as the generated text does
+        self._drops_space = tokenizer.implicit_space and prompt.tokens == [tokenizer.bos_id]  # as the text does
         self._texts: list[str] = []
         self._tokens: list[int] = []
         self._scores: list[TokenScore] = []
@@ -134,12 +134,14 @@ class Places:
             before: the text that is returned before the generated one.
             n_echoed: tokens that come before the generated ones; what they add to `before`, such as the text after a
                 gap, has its place at its end.
-            drops_space: the generated text is returned without SentencePiece's implicit space; a prompt's always is.
+            drops_space: the generated text is returned without SentencePiece's implicit space; a prompt always is,
+                if there is one.
         """
         self._decoder = TextDecoder(tokenizer)
         self._tokenizer = tokenizer
         self._before, self._n_echoed, self._drops_space = before, n_echoed, drops_space
-        self._space = n_echoed > 0 or drops_space  # the next text may begin with a space that is not returned
+        # The next text may begin with a space that is not returned.
+        self._space = drops_space or (n_echoed > 0 and tokenizer.implicit_space)
         self._at = 0
         self._n_tokens = 0
 

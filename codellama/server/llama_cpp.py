@@ -14,8 +14,10 @@ from codellama.config import Grammar, SamplingParams
 from codellama.errors import PromptError
 from codellama.generation.prompt import Prompt, PromptMaker
 from codellama.generation.request import Delta, TokenScore
+from codellama.prompts import text_stop_tokens
 from codellama.server.answers import Json, split_lines
-from codellama.server.schemas import Biases, GenerationRequest, split_markers
+from codellama.server.markers import split_markers
+from codellama.server.schemas import Biases, GenerationRequest
 from codellama.tokenizer import Tokenizer
 
 Mixed = Annotated[list[int | str], Field(fail_fast=True)]  # as in schemas.py
@@ -90,15 +92,14 @@ class LlamaCppRequest(GenerationRequest):
         self, item: str | Mixed, params: SamplingParams, maker: PromptMaker, tokenizer: Tokenizer, where: str
     ) -> Prompt:
         if isinstance(item, str):
-            prefix, suffix = split_markers(item)
+            prefix, suffix = split_markers(item, tokenizer)
             if suffix is not None:
                 return maker.gap(prefix, suffix, params, where=where)
             return maker.text(item, params, where)
         ids: list[int] = []
         for part in item:
             ids += tokenizer.encode(part, bos=not ids, eos=False) if isinstance(part, str) else [part]
-        until_eos = replace(params, stop_tokens=frozenset({tokenizer.eos_id}))
-        prompt = maker.ids(ids, until_eos, where)
+        prompt = maker.ids(ids, replace(params, stop_tokens=text_stop_tokens(tokenizer)), where)
         return replace(prompt, before=tokenizer.decode(prompt.tokens))
 
 
@@ -113,7 +114,7 @@ class InfillRequest(LlamaCppRequest):
     """POST /infill.
 
     Attributes:
-        input_extra: other files; their texts come before the prefix.
+        input_extra: other files, the library's context_files.
         prompt: how the middle begins.
     """
 
@@ -130,8 +131,9 @@ class InfillRequest(LlamaCppRequest):
         """Make the prompt; errors as above."""
         if not isinstance(self.prompt, str):
             raise PromptError("the prompt of /infill is a list; the text that the middle begins with was expected")
-        files = "".join(f"{file.text}\n" for file in self.input_extra or ())
-        prompt = maker.gap(files + self.input_prefix, self.input_suffix, self._params(tokenizer))
+        files = [(file.filename, file.text) for file in self.input_extra or ()]
+        params = self._params(tokenizer)
+        prompt = maker.gap(self.input_prefix, self.input_suffix, params, context_files=files)
         if not self.prompt:
             return [prompt]
         begun = [*prompt.tokens, *tokenizer.encode_infilling(self.prompt)]

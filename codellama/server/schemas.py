@@ -13,7 +13,9 @@ from pydantic import BaseModel, BeforeValidator, Field
 from codellama.config import Grammar, SamplingParams
 from codellama.errors import GrammarError, PromptError
 from codellama.generation.prompt import Prompt, PromptMaker
+from codellama.prompts import text_stop_tokens
 from codellama.server.dialogs import ChatMessage, normalize_dialog
+from codellama.server.markers import split_markers
 from codellama.tokenizer import Tokenizer
 
 TEMPERATURE, TOP_P = 0.2, 0.95  # where a client asks for none: what code is sampled with, not prose
@@ -22,7 +24,6 @@ MAX_STOPS = 64
 MAX_BIASES = 1024
 
 _ID = re.compile("[0-9]{1,9}")
-_PRE, _SUF, _MID = "<PRE>", "<SUF>", "<MID>"
 
 
 # A list is refused at its first wrong item: to describe a million wrong ones takes the event loop 20 seconds.
@@ -203,7 +204,7 @@ class CompletionRequest(GenerationRequest):
         for index, item in enumerate(self._items()):
             where = f"prompt {index}"
             if isinstance(item, str):
-                prefix, suffix = (item, self.suffix) if self.suffix is not None else split_markers(item)
+                prefix, suffix = (item, self.suffix) if self.suffix is not None else split_markers(item, tokenizer)
                 if suffix is not None:
                     prompt = maker.gap(prefix, suffix, params, where=where)
                 else:
@@ -212,8 +213,7 @@ class CompletionRequest(GenerationRequest):
                 continue
             if self.suffix is not None:
                 raise PromptError(f"{where} is token ids; with a suffix, a text was expected")
-            until_eos = replace(params, stop_tokens=frozenset({tokenizer.eos_id}))
-            prompt = maker.ids(item, until_eos, where)
+            prompt = maker.ids(item, replace(params, stop_tokens=text_stop_tokens(tokenizer)), where)
             prompt = replace(prompt, before=tokenizer.decode(prompt.tokens))
             made += maker.alternatives(prompt, self.n)
         return made
@@ -247,15 +247,3 @@ class DetokenizeRequest(BaseModel):
     """POST /detokenize."""
 
     tokens: Ids
-
-
-def split_markers(text: str) -> tuple[str, str | None]:
-    """Read `<PRE> {prefix} <SUF>{suffix} <MID>`, which editors write out; the spaces belong to the markers.
-
-    Any other text is a prefix without a suffix: markers anywhere else are text.
-    """
-    if not text.startswith(_PRE) or not text.endswith(_MID) or _SUF not in text:
-        return text, None
-    body = text.removeprefix(_PRE).removesuffix(_MID).removeprefix(" ").removesuffix(" ")
-    prefix, _, suffix = body.partition(_SUF)
-    return prefix.removesuffix(" "), suffix

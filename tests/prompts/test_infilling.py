@@ -8,6 +8,7 @@ import sentencepiece
 
 from codellama.errors import PromptError
 from codellama.prompts import infilling_prompt_tokens, infilling_stop_tokens
+from codellama.prompts.infilling import write_comments
 from codellama.tokenizer import Tokenizer
 from tests.support import bpe, tiny
 
@@ -68,3 +69,19 @@ def test_a_tokenizer_that_lacks_a_piece_is_refused(tmp_path: Path, missing: str)
     tokenizer = tiny.tiny_tokenizer(tmp_path, pieces)
     with pytest.raises(PromptError, match=r"cannot infill: its tokenizer \(320 pieces\) lacks"):
         infilling_prompt_tokens(tokenizer, "a", "b")
+
+
+def test_other_files_are_comments_before_the_prefix(demo: Tokenizer) -> None:
+    files = [("src/a.py", "def f():\n    return 1\n\nX = 2\n"), ("", "one\r\ntwo"), ("b", "")]
+    comments = "# src/a.py\n# def f():\n#     return 1\n#\n# X = 2\n\n# one\n# two\n\n# b\n\n"
+    before, after = RAW.encode(f"{comments}  x = "), bpe.encode_without_space(RAW, "\ny")
+    psm = infilling_prompt_tokens(demo, "  x = ", "\ny", context_files=files)
+    assert psm == [BOS, PRE, *before, SUF, *after, MID]
+    spm = infilling_prompt_tokens(demo, "  x = ", "\ny", suffix_first=True, context_files=files)
+    assert spm == [BOS, PRE, SUF, *after, MID, *before]
+
+
+@pytest.mark.parametrize("end", ["\r", "\x0b", "\x0c", "\x85", "\u2028"])
+def test_no_line_of_a_file_stands_without_its_mark(end: str) -> None:
+    """Whatever some language takes for the end of a line."""
+    assert write_comments([(f"a{end}b", f"c{end}d")]) == "# a\n# b\n# c\n# d\n\n"

@@ -9,6 +9,7 @@ from codellama.generation.request import Delta, TokenScore
 from codellama.server.answers import Answer
 from codellama.server.schemas import CompletionRequest
 from codellama.tokenizer import Tokenizer
+from tests.support import gemma_words
 
 
 def answer(tokenizer: Tokenizer, body: dict[str, Any], generated: list[int]) -> tuple[dict[str, Any], list[Any]]:
@@ -51,6 +52,20 @@ def test_tokens_lie_where_their_offsets_say(tokenizer: Tokenizer, prompt: str, e
     streamed = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"]]
     for key in found:
         assert [value for piece in streamed for value in piece[key]] == found[key]
+
+
+@pytest.mark.parametrize("prompt", ["import os", " import os", "", "  한 x"])
+@pytest.mark.parametrize("echo", [True, False])
+def test_offsets_without_an_implicit_space(prompt: str, echo: bool) -> None:
+    """Every token lies where it is spelled, the first one, too: its space is the text's own."""
+    words = gemma_words.tokenizer()
+    choice, _ = answer(words, {"prompt": prompt, "echo": echo}, words.encode_infilling(" import os x"))
+    text, found = choice["text"], choice["logprobs"]
+    assert text == (prompt if echo else "") + " import os x"
+    whole = [
+        (token, at) for token, at in zip(found["tokens"], found["text_offset"], strict=True) if "\ufffd" not in token
+    ]
+    assert [text[at : at + len(token)] for token, at in whole] == [token for token, _ in whole]
 
 
 def test_what_is_not_returned_has_its_place_at_the_gap(tokenizer: Tokenizer) -> None:

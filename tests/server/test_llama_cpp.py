@@ -114,9 +114,9 @@ def test_infilling(client: TestClient, service: ScriptedService, tokenizer: Toke
     assert client.post("/infill", json=gap).status_code == 200
     plain, begun = service.submitted
     assert plain.tokens == infilling_prompt_tokens(tokenizer, "def f():\n", "\r\nx")
-    assert begun.tokens == [
-        *infilling_prompt_tokens(tokenizer, "A = 1\ndef f():\n", "\r\nx"), *tokenizer.encode_infilling("  re"),
-    ]  # fmt: skip
+    commented = infilling_prompt_tokens(tokenizer, "# a.py\n# A = 1\n\ndef f():\n", "\r\nx")
+    assert begun.tokens == [*commented, *tokenizer.encode_infilling("  re")]
+    assert (begun.before, begun.after) == ("def f():\n  re", "\r\nx")
     assert plain.params.stop_tokens == begun.params.stop_tokens == {tokenizer.eot_id, tokenizer.eos_id}
     assert client.post("/infill", json={"input_prefix": "a"}).status_code == 400
 

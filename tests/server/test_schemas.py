@@ -8,7 +8,8 @@ from codellama.errors import GrammarError, PromptError
 from codellama.generation.prompt import PromptMaker
 from codellama.prompts import dialog_prompt_tokens, infilling_prompt_tokens
 from codellama.server.llama_cpp import InfillRequest, LlamaCppRequest
-from codellama.server.schemas import ChatRequest, CompletionRequest, split_markers
+from codellama.server.markers import split_markers
+from codellama.server.schemas import ChatRequest, CompletionRequest
 from codellama.tokenizer import Tokenizer
 
 
@@ -30,8 +31,8 @@ def maker(tokenizer: Tokenizer) -> PromptMaker:
         ("<PRE> a <SUF>b <MID>\n", ("<PRE> a <SUF>b <MID>\n", None)),
     ],
 )
-def test_markers(text: str, expected: tuple[str, str | None]) -> None:
-    assert split_markers(text) == expected
+def test_markers(tokenizer: Tokenizer, text: str, expected: tuple[str, str | None]) -> None:
+    assert split_markers(text, tokenizer) == expected
 
 
 def test_a_gap_is_the_same_by_markers_and_by_suffix(maker: PromptMaker, tokenizer: Tokenizer) -> None:
