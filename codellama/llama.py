@@ -107,9 +107,9 @@ class Llama:
             seed: makes the requests that bring no seed of their own repeat from run to run.
             rope_theta: for a params.json that has none.
             chunk_size: prompts are prefilled in chunks of so many tokens.
-            checkpoint_format: meta, huggingface, gguf or quantized, for a folder that holds several; None finds it.
-            quantize: "int8", "int4", "int4-g64" or "int4-g128" rounds the matrices as they are loaded; what
-                `codellama convert --quantize` wrote needs none.
+            checkpoint_format: meta, huggingface or gguf, for a folder that holds several; None finds it.
+            quantize: "int8", "int4", "int4-g64" or "int4-g128" rounds the matrices as they are loaded; None does not,
+                and loads codes (checkpoint_format "quantized") as they are.
             progress: show a loading bar; None is on world rank 0 when stderr is a terminal.
 
         Raises:

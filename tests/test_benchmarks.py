@@ -1,14 +1,12 @@
 """The serving benchmark, on a server of the demo checkpoint in this process."""
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.quality import quality
 from benchmarks.serving import measure, percentile, write_random
 from codellama.assembly import DEMO
 from codellama.checkpoint import open_checkpoint
@@ -30,18 +28,6 @@ def test_the_serving_benchmark_measures_every_load() -> None:
     assert all(row["tokens_per_s"] > 0 for row in rows)
     assert arguments["second_turn"]["prompt"] > arguments["second_turn"]["cached"] > sizes["history"]
     assert arguments["behind_long"]["short_s"] > 0
-
-
-def test_the_cost_of_quantization(capsys: pytest.CaptureFixture[str]) -> None:
-    quality(files=1, quantize="int8,int4,int4-g128")
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    plain, int8, int4 = line["rows"]
-    assert [plain["weights"], int8["weights"], int4["weights"]] == ["float32", "int8", "int4"]
-    assert plain["change"] == 0
-    assert abs(int8["change"]) < 0.005 < int4["change"] < 0.06
-    assert int8["matrices_by_16_bit"] < 0.55
-    assert int4["matrices_by_16_bit"] < 0.38
-    assert "groups of 128 do not divide" in line["arguments"]["refused"]["int4-g128"]
 
 
 @pytest.mark.parametrize(("percent", "value"), [(50, 3), (95, 4), (99, 4), (0, 1)])
