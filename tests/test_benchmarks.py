@@ -19,7 +19,6 @@ from benchmarks.attention import attention
 from benchmarks.context import context
 from benchmarks.kernels import kernels
 from benchmarks.machine import RandomCheckpoint, n_weights, prefill_work, random_model, shape_args, weight_bytes
-from benchmarks.quality import quality
 from benchmarks.serving import measure, percentile, write_random
 from codellama.assembly import DEMO
 from codellama.checkpoint import open_checkpoint
@@ -42,18 +41,6 @@ def test_the_serving_benchmark_measures_every_load() -> None:
     assert all(row["tokens_per_s"] > 0 for row in rows)
     assert arguments["second_turn"]["prompt"] > arguments["second_turn"]["cached"] > sizes["history"]
     assert arguments["behind_long"]["short_s"] > 0
-
-
-def test_the_cost_of_quantization(capsys: pytest.CaptureFixture[str]) -> None:
-    quality(files=1, quantize="int8,int4,int4-g128")
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    plain, int8, int4 = line["rows"]
-    assert [plain["weights"], int8["weights"], int4["weights"]] == ["float32", "int8", "int4"]
-    assert plain["change"] == 0
-    assert abs(int8["change"]) < 0.005 < int4["change"] < 0.06
-    assert int8["matrices_by_16_bit"] < 0.55
-    assert int4["matrices_by_16_bit"] < 0.38
-    assert "groups of 128 do not divide" in line["arguments"]["refused"]["int4-g128"]
 
 
 @pytest.mark.parametrize(("percent", "value"), [(50, 3), (95, 4), (99, 4), (0, 1)])
