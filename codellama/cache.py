@@ -50,6 +50,11 @@ class KVCache:
         values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(args.n_layers)]
         return cls(keys, values)
 
+    @property
+    def n_rows(self) -> int:
+        """Rows of this view."""
+        return self.keys[0].shape[0]
+
     def rows(self, start: int, stop: int) -> "KVCache":
         """Rows start to stop as a view: a slice, since an index tensor would copy the cache in every layer."""
         return KVCache([k[start:stop] for k in self.keys], [v[start:stop] for v in self.values])

@@ -2,21 +2,26 @@
 
 It knows nothing of text: token ids in, token ids out; a request that carries a GeneratedText decodes for itself. The
 leader (model-parallel rank 0) alone decides tokens; the other ranks follow batch by batch.
+
+Ids can be read one step late: the next step begins with what the device drew last, and while it runs, the host hands
+out what the step before it gave. A request that ended there has drawn one token too many, which is dropped.
 """
 
+import math
 import queue
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from codellama.cache import KVCache
 from codellama.errors import NumericalError, RankError
+from codellama.generation.pending import Pending, extremes_of, widest
 from codellama.generation.request import Completion, Delta, Request
 from codellama.generation.runner import Runner
 from codellama.generation.sampling import sample, score
-from codellama.generation.scheduler import Batch, Scheduler
+from codellama.generation.scheduler import Batch, Scheduler, row_of
 from codellama.parallel import Parallel
 
 _DONE, _FAILED = -1, -2  # in place of a batch's first row
@@ -25,14 +30,24 @@ _DONE, _FAILED = -1, -2  # in place of a batch's first row
 class Engine:
     """Runs requests to their end, many at once."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, parallel: Parallel) -> None:
-        """Drive this rank's runner; on the leader, with this scheduler."""
+    def __init__(self, runner: Runner, scheduler: Scheduler, parallel: Parallel, late: bool | None = None) -> None:
+        """Drive this rank's runner; on the leader, with this scheduler.
+
+        Args:
+            runner: the model and its cache on this rank.
+            scheduler: it decides on the leader alone.
+            parallel: this rank's place.
+            late: read ids one step late where nothing needs them sooner; None does so on a GPU, since on a CPU nothing
+                runs beside the host.
+        """
         self._runner = runner
         self._scheduler = scheduler
         self._parallel = parallel
         self._inbox: queue.SimpleQueue[tuple[Callable[[Request], None], Request] | None] = queue.SimpleQueue()
         self._stopping = False
         self._closed = False
+        self._late = runner.device.type == "cuda" if late is None else late
+        self._pending: Pending | None = None
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> None:
         """Queue a request; safe from any thread. on_delta is called by the thread that steps.
@@ -78,21 +93,54 @@ class Engine:
 
     def _step(self) -> bool:
         self._read_inbox()
+        if self._scheduler.needs_ids:
+            self._settle()
         batch = self._scheduler.schedule()
         if batch is None:
-            return self._scheduler.busy
+            return self._settle() or self._scheduler.busy
+        if self._late and batch.logits_from < batch.width:
+            batch = replace(batch, shared=True)
         if self._parallel.channel is not None:
             self._parallel.channel.send_integers(batch.to_integers())
+        launched = self._launch(batch)
+        self._settle()
+        self._pending = launched
+        if not self._late:
+            self._settle()
+        return True
+
+    def _launch(self, batch: Batch) -> Pending:
+        """Run a batch and draw from its logits, without a wait for the device where nobody needs a number."""
+        extremes: list[Tensor] = []
+        asking: list[tuple[Request, Tensor, Tensor]] = []
         offset, pieces = batch.logits_from, self._forward(batch)
         try:
             for logits in pieces:
-                self._check_finite(logits)
-                self._take(batch, offset, logits)
+                extremes.append(extremes_of(logits, self._parallel.size))
+                if any(map(_looks, batch.requests)):
+                    self._check_finite(extremes[-1].tolist())
+                drawn = self._draw(batch, offset, logits)
+                if batch.shared and drawn:
+                    self._runner.keep([row_of(request) for request, *_ in drawn], [token for *_, token in drawn])
+                asking += drawn
                 offset += logits.shape[1]
         finally:
             for _ in pieces:  # after a failure here too: the other ranks compute every piece, and wait for this one
                 pass
-        self._scheduler.commit(batch)
+        self._scheduler.launch(batch, [request for request, *_ in asking])
+        return Pending(batch, asking, widest(extremes), self._runner.device)
+
+    def _settle(self) -> bool:
+        """Hand out what the step that was launched last gave; False where there is none."""
+        if self._pending is None:
+            return False
+        pending, self._pending = self._pending, None
+        result = pending.read()
+        self._check_finite(result.extremes)
+        for request, token, found in result.drawn:
+            if request.finish_reason is None:
+                request.append(token, found)
+        self._scheduler.commit(pending.batch, pending.requests)
         return True
 
     def run(self, requests: Iterable[Request]) -> list[Completion]:
@@ -156,6 +204,7 @@ class Engine:
     def close(self) -> None:
         """Free weights and cache, and let what has not ended end as cancelled; so ends what is submitted later."""
         self._closed = True
+        self._pending = None
         self._read_inbox()
         self._scheduler.end()
         self._runner.free()
@@ -184,8 +233,11 @@ class Engine:
             self._release(_DONE)
 
     def _forward(self, batch: Batch) -> Iterator[Tensor]:
+        """Run a batch on this rank: its logits in pieces; at the end, what was drawn goes from the leader to all."""
         with self._parallel.lockstep():
             yield from self._runner.run(batch)
+            if batch.shared:
+                self._parallel.hand_out_(self._runner.drawn[batch.start : batch.start + len(batch.tokens)])
 
     def _read_inbox(self) -> None:
         while not self._inbox.empty():
@@ -201,6 +253,7 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         """End every request, those that still lie in the inbox too, and forget what may be spoilt."""
+        self._pending = None
         self._scheduler.fail(error)
         while not self._inbox.empty():
             if (entry := self._inbox.get()) is not None:
@@ -211,8 +264,8 @@ class Engine:
         if self._parallel.channel is not None:
             self._parallel.channel.send_integers([reason])
 
-    def _take(self, batch: Batch, offset: int, logits: Tensor) -> None:
-        """Give each request of the batch its scores and its next token."""
+    def _draw(self, batch: Batch, offset: int, logits: Tensor) -> list[tuple[Request, Tensor, Tensor]]:
+        """Score prompts, and draw: each request that wants a token, the logits that it is drawn from, and the token."""
         drawn: list[tuple[Request, Tensor, Tensor]] = []
         for row, request in enumerate(batch.requests):
             if request is None or request.finish_reason is not None:
@@ -222,7 +275,8 @@ class Engine:
             known = request.prompt[following : following + logits.shape[1]]
             if request.scores_prompt and known:
                 request.scores += score(logits[row, : len(known)], known, request.params.top_logprobs)
-            if following + logits.shape[1] - 1 == request.n_tokens and request.n_max > 0:
+            n_tokens = request.n_tokens + request.n_pending
+            if following + logits.shape[1] - 1 == n_tokens and request.n_max > 0:
                 last = logits[row, -1]
                 try:
                     uniform, allowed = request.rng.random(), request.allowed()
@@ -233,24 +287,22 @@ class Engine:
                     request.fail(error)
                 else:
                     drawn.append((request, last, token))
-        if not drawn:
-            return
-        tokens = torch.stack([token for _, _, token in drawn]).tolist()  # one wait for all rows
-        for (request, last, _), token in zip(drawn, tokens, strict=True):
-            params = request.params
-            request.append(token, score(last[None], [token], params.top_logprobs)[0] if params.logprobs else None)
+        return drawn
 
-    def _check_finite(self, logits: Tensor) -> None:
+    def _check_finite(self, extremes: Sequence[Sequence[float]]) -> None:
         """Refuse NaN and infinity, and name the ranks whose share of the vocabulary holds them."""
-        finite = torch.isfinite(logits)
-        if finite.all():
+        bad = [rank for rank, bounds in enumerate(extremes) if not all(map(math.isfinite, bounds))]
+        if not bad:
             return
-        share = logits.shape[-1] // self._parallel.size
-        bad = ~finite.all(dim=0).all(dim=0).view(self._parallel.size, share).all(dim=1)
         first = self._parallel.replica * self._parallel.size
-        ranks = ", ".join(str(first + rank) for rank in bad.nonzero().flatten().tolist())
-        found = "NaN" if torch.isnan(logits).any() else "infinity"
+        ranks = ", ".join(str(first + rank) for rank in bad)
+        found = "NaN" if any(math.isnan(bounds[0]) for bounds in extremes) else "infinity"
         raise NumericalError(
             f"the model produced {found} instead of logits on rank {ranks}: the weights are damaged, or the values "
             f"overflow {self._runner.cache.keys[0].dtype}; verify the checkpoint, or try dtype=torch.float32"
         )
+
+
+def _looks(request: Request | None) -> bool:
+    """True for a request that needs numbers on the host while its step runs, so they must be numbers."""
+    return request is not None and (request.scores_prompt or request.params.logits_processor is not None)

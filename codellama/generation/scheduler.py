@@ -11,6 +11,9 @@ from codellama.config import RuntimeArgs
 from codellama.generation.request import Request
 from codellama.generation.rows import LEAST_REUSE, RowTable, common_length
 
+LAST_DRAWN = -1
+"""In place of an id: the one that was drawn last in this row, which the device holds and the host has not read."""
+
 SHARED_CHUNK = 512
 """Tokens of prompts that are read between two steps of the rows that decode: they wait for so many."""
 
@@ -21,12 +24,13 @@ class Batch:
 
     Attributes:
         start: first cache row.
-        tokens: B lists of T ids.
+        tokens: B lists of T ids, or LAST_DRAWN where a row decodes before its last id was read.
         positions: where each row's first new token stands; the others follow it. -1 for a row that runs along because
             rows are a slice: it writes nothing.
         logits_from: logits are wanted for the new tokens from this one on; T for none, T - 1 for the last.
         requests: whose rows these are, on the leader; None for a row that runs along.
         copies: what goes from row to row before the step, in this order: source, target, first position, end.
+        shared: the ids that are drawn from this step are given to all ranks' devices, since a later one may need them.
     """
 
     start: int
@@ -35,6 +39,7 @@ class Batch:
     logits_from: int
     requests: Sequence[Request | None] = field(default=(), compare=False)
     copies: Sequence[tuple[int, int, int, int]] = ()
+    shared: bool = False
 
     @property
     def width(self) -> int:
@@ -50,19 +55,19 @@ class Batch:
         """Flatten for another rank, which never sees the requests."""
         tokens = [token for row in self.tokens for token in row]
         copies = [value for copy in self.copies for value in copy]
-        sizes = [len(self.tokens), len(self.copies)]
+        sizes = [len(self.tokens), len(self.copies), int(self.shared)]
         return [self.start, *sizes, self.logits_from, *copies, *self.positions, *tokens]
 
     @classmethod
     def from_integers(cls, values: Sequence[int]) -> "Batch":
         """Read what `to_integers` wrote."""
-        start, rows, n_copies, logits_from = values[:4]
-        copies = [(values[at], values[at + 1], values[at + 2], values[at + 3]) for at in range(4, 4 + 4 * n_copies, 4)]
-        rest = values[4 + 4 * n_copies :]
+        start, rows, n_copies, shared, logits_from = values[:5]
+        copies = [(values[at], values[at + 1], values[at + 2], values[at + 3]) for at in range(5, 5 + 4 * n_copies, 4)]
+        rest = values[5 + 4 * n_copies :]
         positions, flat = rest[:rows], rest[rows:]
         width = len(flat) // rows
         tokens = [flat[row * width : (row + 1) * width] for row in range(rows)]
-        return cls(start, tokens, positions, logits_from, copies=tuple(copies))
+        return cls(start, tokens, positions, logits_from, copies=tuple(copies), shared=bool(shared))
 
 
 class Scheduler:
@@ -137,7 +142,7 @@ class Scheduler:
         a chunk of others between two of its own.
         """
         self._admit()
-        decode = [request for request in self._rows if request is not None and not request.prefilling]
+        decode = [request for request in self._rows if request is not None and _decodes(request)]
         batch = self._prefill(bool(decode)) if self._prompts else None
         if batch is None:
             self._delay = 0
@@ -147,13 +152,29 @@ class Scheduler:
             batch, self._copies = replace(batch, copies=tuple(self._copies)), []
         return batch
 
-    def commit(self, batch: Batch) -> None:
-        """Account for a batch that was run and whose requests have taken their tokens: free the rows that are done."""
+    @property
+    def needs_ids(self) -> bool:
+        """True where the next batch cannot be made well before the ids of the last one are read."""
+        return any(request is not None and request.n_pending > 0 and request.needs_ids for request in self._rows)
+
+    def launch(self, batch: Batch, drawing: Sequence[Request] = ()) -> None:
+        """Account for a batch that runs: what it writes is as good as written, and these requests draw a token.
+
+        The next batch can be made before this one is committed: one late, never two.
+        """
         for request in batch.requests:
             if request is not None:
                 request.n_cached += batch.width
-                if request.finish_reason is None and not request.prefilling and request.n_max == 0:
-                    request.finish("length")  # the prompt is scored; there is nothing to generate
+        for request in drawing:
+            request.n_pending += 1
+
+    def commit(self, batch: Batch, drawing: Sequence[Request] = ()) -> None:
+        """Account for a launched batch whose requests have taken their tokens: free the rows that are done."""
+        for drawer in drawing:
+            drawer.n_pending -= 1
+        for request in batch.requests:
+            if request is not None and _has_all(request):
+                request.finish("length")  # the prompt is scored; there is nothing to generate
         self._free()
 
     def _admit(self) -> None:
@@ -220,13 +241,33 @@ class Scheduler:
         return max(min(_n_left(request), size), size // len(self._rows))
 
     def _decode(self, decode: Sequence[Request]) -> Batch:
-        rows = [request.row for request in decode if request.row is not None]
+        rows = [row_of(request) for request in decode]
         span = range(min(rows), max(rows) + 1)
         owners = [self._rows[row] for row in span]
-        requests = [None if owner is None or owner.prefilling else owner for owner in owners]
-        tokens = [[request.output[-1] if request else 0] for request in requests]
+        requests = [owner if owner is not None and _decodes(owner) else None for owner in owners]
+        tokens = [[_last_id(request) if request else 0] for request in requests]
         positions = [request.n_cached if request else -1 for request in requests]
         return Batch(span.start, tokens, positions, 0, requests)
+
+
+def row_of(request: Request) -> int:
+    """The row of an admitted request."""
+    assert request.row is not None, "an admitted request has a row"
+    return request.row
+
+
+def _has_all(request: Request) -> bool:
+    """True where a request asked for its prompt's scores alone, and has them."""
+    return request.finish_reason is None and not request.prefilling and request.n_max == 0
+
+
+def _decodes(request: Request) -> bool:
+    """True where a request is past its prompt, and what is drawn and not read yet is not its last token."""
+    return not request.prefilling and len(request.output) + request.n_pending < request.n_max
+
+
+def _last_id(request: Request) -> int:
+    return LAST_DRAWN if request.n_pending else request.output[-1]
 
 
 def _n_left(request: Request) -> int:

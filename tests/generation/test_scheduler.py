@@ -392,9 +392,9 @@ def test_rows_that_decode_wait_for_no_more_than_a_chunk() -> None:
 
 def test_batches_travel_as_integers() -> None:
     batch = Batch(3, [[5, 6, 7], [8, 9, 10]], [0, 4], 2, copies=((0, 3, 0, 9), (3, 1, 4, 8)))
-    assert batch.to_integers() == [3, 2, 2, 2, 0, 3, 0, 9, 3, 1, 4, 8, 0, 4, 5, 6, 7, 8, 9, 10]
+    assert batch.to_integers() == [3, 2, 2, 0, 2, 0, 3, 0, 9, 3, 1, 4, 8, 0, 4, 5, 6, 7, 8, 9, 10]
     assert Batch.from_integers(batch.to_integers()) == batch
-    plain = Batch(3, [[5], [0], [6]], [4, -1, 2], 0)
+    plain = Batch(3, [[5], [0], [-1]], [4, -1, 2], 0, shared=True)
     assert Batch.from_integers(plain.to_integers()) == plain
     assert (batch.width, batch.length, plain.length) == (3, 7, 5)
 

@@ -58,6 +58,7 @@ class Machine:
         for request, position in zip(batch.requests, batch.positions, strict=True):
             if request is not None and request.n_max > 0 and position + batch.width == request.n_tokens:
                 request.append((request.prompt[0] + 7 * len(request.output)) % VOCAB, None)
+        self.scheduler.launch(batch)
         self.scheduler.commit(batch)
         self.leave()
         return batch
