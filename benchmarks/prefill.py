@@ -32,7 +32,7 @@ def prefill(
         for prompt in [prompts] if isinstance(prompts, int) else prompts:
             cache = KVCache.allocate(model.args, rows=1, max_seq_len=prompt, dtype=kind, device=place)
             runner = Runner(model, cache, place)
-            batch = Batch(0, [[7] * prompt], [0], prompt - 1)
+            batch = Batch(0, [[7] * prompt], [0], [1])
             seconds = best_seconds(lambda runner=runner, batch=batch: list(runner.run(batch)), place, repeats)
             work = 2 * prompt * weight_bytes(model) / kind.itemsize
             rows.append(

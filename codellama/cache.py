@@ -80,6 +80,11 @@ class KVCache:
             Keys and values, each `[B, K, S, D]`.
         """
         rows = self._writing
+        if rows is None and positions.min() < 0:  # padding
+            rows, steps = (positions >= 0).nonzero(as_tuple=True)
+            self.keys[layer][rows, :, positions[rows, steps]] = key[rows, steps]
+            self.values[layer][rows, :, positions[rows, steps]] = value[rows, steps]
+            return self.keys[layer], self.values[layer]
         if rows is None:
             rows = torch.arange(positions.shape[0], device=positions.device)
         else:

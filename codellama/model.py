@@ -83,11 +83,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tens
     B, T, H, D = query.shape
     K, S = key.shape[1:3]
     G = H // K
-    if S == T:
+    if S == T and positions[:, 0].max() <= 0:
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2), key, value, is_causal=True, enable_gqa=G > 1
         )  # [B, H, T, D]
         return mixed.transpose(1, 2)
+    positions = positions.clamp(min=0)  # padding sees the first position, and is nobody's
     columns = torch.arange(S, device=positions.device)
     if T == 1:  # the heads that share a key become the rows of its query
         mask = (columns <= positions[:, :, None])[:, None]  # [B, 1, 1, S]

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from codellama.cache import KVCache
 from codellama.errors import NumericalError, RankError
+from codellama.generation.batch import Batch
 from codellama.generation.pending import Pending, extremes_of, widest
 from codellama.generation.request import Completion, Delta, Request
 from codellama.generation.runner import Runner
 from codellama.generation.sampling import sample, score
-from codellama.generation.scheduler import Batch, Scheduler, row_of
+from codellama.generation.scheduler import Scheduler, row_of
 from codellama.parallel import Parallel
 
 _DONE, _FAILED = -1, -2  # in place of a batch's first row
@@ -98,7 +99,7 @@ class Engine:
         batch = self._scheduler.schedule()
         if batch is None:
             return self._settle() or self._scheduler.busy
-        if self._late and batch.logits_from < batch.width:
+        if self._late and any(batch.wanted):
             batch = replace(batch, shared=True)
         if self._parallel.channel is not None:
             self._parallel.channel.send_integers(batch.to_integers())
@@ -113,7 +114,7 @@ class Engine:
         """Run a batch and draw from its logits, without a wait for the device where nobody needs a number."""
         extremes: list[Tensor] = []
         asking: list[tuple[Request, Tensor, Tensor]] = []
-        offset, pieces = batch.logits_from, self._forward(batch)
+        offset, pieces = 0, self._forward(batch)
         try:
             for logits in pieces:
                 extremes.append(extremes_of(logits, self._parallel.size))
@@ -123,7 +124,7 @@ class Engine:
                 if batch.shared and drawn:
                     self._runner.keep([row_of(request) for request, *_ in drawn], [token for *_, token in drawn])
                 asking += drawn
-                offset += logits.shape[1]
+                offset += len(logits)
         finally:
             for _ in pieces:  # after a failure here too: the other ranks compute every piece, and wait for this one
                 pass
@@ -267,17 +268,18 @@ class Engine:
     def _draw(self, batch: Batch, offset: int, logits: Tensor) -> list[tuple[Request, Tensor, Tensor]]:
         """Score prompts, and draw: each request that wants a token, the logits that it is drawn from, and the token."""
         drawn: list[tuple[Request, Tensor, Tensor]] = []
-        for row, request in enumerate(batch.requests):
-            if request is None or request.finish_reason is not None:
+        for request, begin, end, position in batch.spans():
+            start, stop = max(begin, offset), min(end, offset + len(logits))
+            if start >= stop or request.finish_reason is not None:
                 continue
-            # The logits at position p are about the token at p + 1.
-            following = batch.positions[row] + offset + 1
-            known = request.prompt[following : following + logits.shape[1]]
+            part = logits[start - offset : stop - offset]
+            following = position + start - begin + 1  # the logits at position p are about the token at p + 1
+            known = request.prompt[following : following + len(part)]
             if request.scores_prompt and known:
-                request.scores += score(logits[row, : len(known)], known, request.params.top_logprobs)
+                request.scores += score(part[: len(known)], known, request.params.top_logprobs)
             n_tokens = request.n_tokens + request.n_pending
-            if following + logits.shape[1] - 1 == n_tokens and request.n_max > 0:
-                last = logits[row, -1]
+            if following + len(part) - 1 == n_tokens and request.n_max > 0:
+                last = part[-1]
                 try:
                     uniform, allowed = request.rng.random(), request.allowed()
                     token = sample(last, request.params, uniform, request.history(), request.counts, allowed)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from codellama.config import SamplingParams
+from codellama.generation.batch import Batch
 from codellama.generation.request import Request, TokenScore
-from codellama.generation.scheduler import Batch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codellama.cache import KVCache
-from codellama.generation.scheduler import LAST_DRAWN, Batch
+from codellama.generation.batch import LAST_DRAWN, Batch
 from codellama.memory import logits_tile
 from codellama.model import Transformer
 
@@ -30,7 +30,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Iterator[Tensor]:
-        """Run a batch and yield float32 logits `[B, t, V]` of its positions from logits_from on, in pieces.
+        """Run a batch and yield float32 logits `[n, V]` of the tokens that it wants them of, row by row, in pieces.
 
         Every rank must take all pieces, since each is computed by all of them together.
         """
@@ -38,22 +38,36 @@ class Runner:
             self.cache.copy_row_(source, target, stop, start)
             self.drawn[target] = self.drawn[source]
         rows, width = len(batch.tokens), batch.width
-        tokens = torch.tensor(batch.tokens, device=self.device)
-        if any(row[0] == LAST_DRAWN for row in batch.tokens):
+        lengths = [len(row) for row in batch.tokens]
+        padded = [[*row, *[0] * (width - length)] for row, length in zip(batch.tokens, lengths, strict=True)]
+        tokens = torch.tensor(padded, device=self.device)  # [B, T]
+        if any(row and row[0] == LAST_DRAWN for row in batch.tokens):
             last = self.drawn[batch.start : batch.start + rows, None]
             tokens = torch.where(tokens == LAST_DRAWN, last, tokens)
-        first = torch.tensor(batch.positions, device=self.device)
+        steps = torch.arange(width, device=self.device)
+        positions = torch.tensor(batch.positions, device=self.device)[:, None] + steps  # [B, T]
+        if min(lengths) < width:  # behind a row's end, and in rows that run along, nothing is written
+            positions = torch.where(steps < torch.tensor(lengths, device=self.device)[:, None], positions, -1)
         view = self.cache.rows(batch.start, batch.start + rows).first(batch.length)
-        if min(batch.positions) < 0:  # rows that run along: they read position 0 and write nothing
-            writing = [row for row, position in enumerate(batch.positions) if position >= 0]
-            view = view.writing(torch.tensor(writing, device=self.device))
-            first = first.clamp(min=0)
-        positions = first[:, None] + torch.arange(width, device=self.device)  # [B, T]
-        hidden = self.model(tokens, positions, view)[:, batch.logits_from :]
-        tile = max(1, logits_tile(self.model.args.vocab_size, hidden.element_size()) // rows)
-        for piece in hidden.split(tile, dim=1):
-            if piece.shape[1]:
-                yield self.model.logits(piece)
+        hidden = self._select(self.model(tokens, positions, view), batch, lengths)
+        tile = logits_tile(self.model.args.vocab_size, hidden.element_size())
+        for start in range(0, len(hidden), tile):
+            yield self.model.logits(hidden[start : start + tile])
+
+    def _select(self, hidden: Tensor, batch: Batch, lengths: Sequence[int]) -> Tensor:
+        """Of `[B, T, dim]`, what logits are wanted of: `[n, dim]`, row by row."""
+        rows, width, dim = hidden.shape
+        flat = hidden.reshape(rows * width, dim)
+        if rows == 1:
+            return flat[lengths[0] - batch.wanted[0] : lengths[0]]
+        if sum(batch.wanted) == rows * width:
+            return flat
+        index = [
+            row * width + at
+            for row, (length, wanted) in enumerate(zip(lengths, batch.wanted, strict=True))
+            for at in range(length - wanted, length)
+        ]
+        return flat[torch.tensor(index, dtype=torch.int64, device=self.device)]
 
     def keep(self, rows: Sequence[int], drawn: Sequence[Tensor]) -> None:
         """Remember the id `[]` that each of these rows has drawn, for a batch that says LAST_DRAWN."""
