@@ -18,6 +18,7 @@ from torch import Tensor
 
 from codellama.assembly import DEMO
 from codellama.checkpoint import load_model, tensor_shapes
+from codellama.checkpoint.layout import PlainNumbers
 from codellama.config import ModelArgs
 from codellama.model import Transformer
 from codellama.parallel import Parallel
@@ -32,7 +33,7 @@ SHAPES = {
 }
 
 
-class RandomCheckpoint:
+class RandomCheckpoint(PlainNumbers):
     """Random weights that are read like files: each tensor is made when it is asked for, the same each time."""
 
     def __init__(self, args: ModelArgs, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,18 +1,20 @@
 """What rows of different lengths cost each other.
 
 prefill: a short and a long prompt together against the long one alone; mixed lengths must not cost a pass per token.
+short prompts: 16 prompts of 14 tokens and their first new one, in one call against one after the other.
 idle row: a step of two short rows around a long one that has ended, against the same around a short one.
 
 python -m benchmarks.mixed
 """
 
+import time
 from collections.abc import Sequence
 
 import fire
 import torch
 
 from benchmarks.decode import new_engine
-from benchmarks.machine import best_seconds, random_model, report
+from benchmarks.machine import best_seconds, random_model, report, synchronize
 from codellama.device import choose_device, choose_dtype
 from codellama.model import Transformer
 
@@ -40,11 +42,24 @@ def mixed(
     short, long = (
         min(step_around(model, length, new_tokens, place) for _ in range(2)) for length in (8, 4 * max(prompts))
     )
+    apart, at_once = (min(short_prompts(model, together, place) for _ in range(repeats)) for together in (False, True))
     rows = [
         {"case": "prefill", "alone_ms": 1000 * alone, "together_ms": 1000 * together, "ratio": together / alone},
+        {"case": "short prompts", "alone_ms": 1000 * apart, "together_ms": 1000 * at_once, "ratio": at_once / apart},
         {"case": "idle row", "alone_ms": 1000 * short, "together_ms": 1000 * long, "ratio": long / short},
     ]
     report("mixed", {"shape": shape, "prompts": list(prompts), "new_tokens": new_tokens}, rows)
+
+
+def short_prompts(model: Transformer, together: bool, device: torch.device) -> float:
+    """Seconds for the first token of each of 16 short prompts."""
+    engine, requests = new_engine(model, [14] * 16, 1)
+    synchronize(device)
+    begin = time.perf_counter()
+    for call in [requests] if together else [[request] for request in requests]:
+        engine.run(call)
+    synchronize(device)
+    return time.perf_counter() - begin
 
 
 def step_around(model: Transformer, length: int, new_tokens: int, device: torch.device) -> float:

@@ -103,6 +103,11 @@ class KVCache:
         scales = [(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(args.n_layers)]
         return cls(keys, values, scales)
 
+    @property
+    def n_rows(self) -> int:
+        """Rows of this view."""
+        return self.keys[0].shape[0]
+
     def rows(self, start: int, stop: int) -> "KVCache":
         """Rows start to stop as a view: a slice, since an index tensor would copy the cache in every layer."""
         return self._view((slice(start, stop),))

@@ -152,6 +152,11 @@ class Parallel:
             failure.append(Failure(error))
         self._settle(failure)
 
+    def hand_out_(self, values: Tensor) -> None:
+        """Overwrite a tensor with the leader's, on all ranks of this replica; a collective of the device."""
+        if self.group is not None:
+            dist.broadcast(values, group=self.group, group_src=0)
+
     @contextmanager
     def lockstep(self) -> Iterator[None]:
         """Run a body whose collectives every rank must reach. Where it fails, the others wait in one: all is over.

@@ -2,21 +2,28 @@
 
 It knows nothing of text: token ids in, token ids out; a request that carries a GeneratedText decodes for itself. The
 leader (model-parallel rank 0) alone decides tokens; the other ranks follow batch by batch.
+
+Ids can be read one step late: the next step begins with what the device drew last, and while it runs, the host hands
+out what the step before it gave. A request that ended there has drawn one token too many, which is dropped.
 """
 
+import math
 import queue
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from codellama.cache import KVCache
 from codellama.errors import NumericalError, RankError
+from codellama.generation.batch import Batch
+from codellama.generation.pending import Pending, extremes_of, widest
 from codellama.generation.request import Completion, Delta, Request
 from codellama.generation.runner import Runner
-from codellama.generation.sampling import adjust, draw_batch, fetch, score
-from codellama.generation.scheduler import Batch, Scheduler
+from codellama.generation.sampling import adjust, draw_batch, score
+from codellama.generation.scheduler import Scheduler, row_of
 from codellama.parallel import Parallel
 
 _DONE, _FAILED = -1, -2  # in place of a batch's first row
@@ -25,14 +32,24 @@ _DONE, _FAILED = -1, -2  # in place of a batch's first row
 class Engine:
     """Runs requests to their end, many at once."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, parallel: Parallel) -> None:
-        """Drive this rank's runner; on the leader, with this scheduler."""
+    def __init__(self, runner: Runner, scheduler: Scheduler, parallel: Parallel, late: bool | None = None) -> None:
+        """Drive this rank's runner; on the leader, with this scheduler.
+
+        Args:
+            runner: the model and its cache on this rank.
+            scheduler: it decides on the leader alone.
+            parallel: this rank's place.
+            late: read ids one step late where nothing needs them sooner; None does so on a GPU, since on a CPU nothing
+                runs beside the host.
+        """
         self._runner = runner
         self._scheduler = scheduler
         self._parallel = parallel
         self._inbox: queue.SimpleQueue[tuple[Callable[[Request], None], Request] | None] = queue.SimpleQueue()
         self._stopping = False
         self._closed = False
+        self._late = runner.device.type == "cuda" if late is None else late
+        self._pending: Pending | None = None
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> None:
         """Queue a request; safe from any thread. on_delta is called by the thread that steps.
@@ -78,20 +95,54 @@ class Engine:
 
     def _step(self) -> bool:
         self._read_inbox()
+        if self._scheduler.needs_ids:
+            self._settle()
         batch = self._scheduler.schedule()
         if batch is None:
-            return self._scheduler.busy
+            return self._settle() or self._scheduler.busy
+        if self._late and any(batch.wanted):
+            batch = replace(batch, shared=True)
         if self._parallel.channel is not None:
             self._parallel.channel.send_integers(batch.to_integers())
-        offset, pieces = batch.logits_from, self._forward(batch)
+        launched = self._launch(batch)
+        self._settle()
+        self._pending = launched
+        if not self._late:
+            self._settle()
+        return True
+
+    def _launch(self, batch: Batch) -> Pending:
+        """Run a batch and draw from its logits, without a wait for the device where nobody needs a number."""
+        extremes: list[Tensor] = []
+        asking: list[tuple[Request, Tensor, Tensor]] = []
+        offset, pieces = 0, self._forward(batch)
         try:
             for logits in pieces:
-                self._take(batch, offset, logits)
-                offset += logits.shape[1]
+                extremes.append(extremes_of(logits, self._parallel.size))
+                if any(map(_looks, batch.requests)):
+                    self._check_finite(extremes[-1].tolist())
+                drawn = self._draw(batch, offset, logits)
+                if batch.shared and drawn:
+                    self._runner.keep([row_of(request) for request, *_ in drawn], [token for *_, token in drawn])
+                asking += drawn
+                offset += len(logits)
         finally:
             for _ in pieces:  # after a failure here too: the other ranks compute every piece, and wait for this one
                 pass
-        self._scheduler.commit(batch)
+        self._scheduler.launch(batch, [request for request, *_ in asking])
+        return Pending(batch, asking, widest(extremes), self._runner.device)
+
+    def _settle(self) -> bool:
+        """Hand out what the step that was launched last gave; False where there is none."""
+        if self._pending is None:
+            return False
+        pending, self._pending = self._pending, None
+        result = pending.read()
+        self._check_finite(result.extremes)
+        for request, token, found in result.drawn:
+            if request.finish_reason is None:
+                request.append(token, found)
+        self._scheduler.commit(pending.batch, pending.requests)
         return True
 
     def run(self, requests: Iterable[Request]) -> list[Completion]:
@@ -155,6 +206,7 @@ class Engine:
     def close(self) -> None:
         """Free weights and cache, and let what has not ended end as cancelled; so ends what is submitted later."""
         self._closed = True
+        self._pending = None
         self._read_inbox()
         self._scheduler.end()
         self._runner.free()
@@ -183,8 +235,11 @@ class Engine:
             self._release(_DONE)
 
     def _forward(self, batch: Batch) -> Iterator[Tensor]:
+        """Run a batch on this rank: its logits in pieces; at the end, what was drawn goes from the leader to all."""
         with self._parallel.lockstep():
             yield from self._runner.run(batch)
+            if batch.shared:
+                self._parallel.hand_out_(self._runner.drawn[batch.start : batch.start + len(batch.tokens)])
 
     def _read_inbox(self) -> None:
         while not self._inbox.empty():
@@ -200,6 +255,7 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         """End every request, those that still lie in the inbox too, and forget what may be spoilt."""
+        self._pending = None
         self._scheduler.fail(error)
         while not self._inbox.empty():
             if (entry := self._inbox.get()) is not None:
@@ -210,71 +266,57 @@ class Engine:
         if self._parallel.channel is not None:
             self._parallel.channel.send_integers([reason])
 
-    def _take(self, batch: Batch, offset: int, logits: Tensor) -> None:
-        """Give each request of the batch its scores and its next token."""
-        finite = torch.isfinite(logits).all()
-        asking: list[tuple[int, Request]] = []
-        for row, request in enumerate(batch.requests):
-            if request is None or request.finish_reason is not None:
+    def _draw(self, batch: Batch, offset: int, logits: Tensor) -> list[tuple[Request, Tensor, Tensor]]:
+        """Score prompts, and draw: each request that wants a token, the logits that it is drawn from, and the token."""
+        asking: list[tuple[Request, Tensor, Tensor]] = []
+        for request, begin, end, position in batch.spans():
+            start, stop = max(begin, offset), min(end, offset + len(logits))
+            if start >= stop or request.finish_reason is not None:
                 continue
-            # The logits at position p are about the token at p + 1.
-            following = batch.positions[row] + offset + 1
-            known = request.prompt[following : following + logits.shape[1]]
+            part = logits[start - offset : stop - offset]
+            following = position + start - begin + 1  # the logits at position p are about the token at p + 1
+            known = request.prompt[following : following + len(part)]
             if request.scores_prompt and known:
-                self._check_finite(finite, logits)
-                request.scores += score(logits[row, : len(known)], known, request.params.top_logprobs)
-            if following + logits.shape[1] - 1 == request.n_tokens and request.n_max > 0:
-                asking.append((row, request))
+                request.scores += score(part[: len(known)], known, request.params.top_logprobs)
+            n_tokens = request.n_tokens + request.n_pending
+            if following + len(part) - 1 == n_tokens and request.n_max > 0:
+                adjusted = self._adjust(request, part[-1])
+                if adjusted is not None:
+                    asking.append((request, part[-1], adjusted))
         if not asking:
-            self._check_finite(finite, logits)
-            return
-        if any(request.params.logits_processor is not None for _, request in asking):
-            self._check_finite(finite, logits)  # a user's function sees numbers
-        last = logits[:, -1]
-        adjusted = {row: self._adjust(request, last[row]) for row, request in asking}
-        asking = [(row, request) for row, request in asking if request.finish_reason is None]
-        if not asking:
-            return
-        rows, params = [row for row, _ in asking], [request.params for _, request in asking]
-        if len(rows) < len(last):
-            last = last[rows]
-        changed = [(place, new) for place, row in enumerate(rows) if (new := adjusted[row]) is not None]
-        given = last
-        if changed:
-            given = last.index_copy(
-                0,
-                torch.tensor([place for place, _ in changed], device=last.device),
-                torch.stack([new for _, new in changed]),
-            )
-        tokens = draw_batch(given, params, [request.rng.random() for _, request in asking])
-        drawn = fetch(finite, last, tokens, params)  # one wait for all rows
-        if not drawn.finite:
-            self._check_finite(finite, logits)
-        for (_, request), token, found in zip(asking, drawn.tokens, drawn.scores, strict=True):
-            request.append(token, found)
+            return []
+        given = torch.stack([adjusted for *_, adjusted in asking])
+        params = [request.params for request, *_ in asking]
+        tokens = draw_batch(given, params, [request.rng.random() for request, *_ in asking])
+        return [(request, own, token) for (request, own, _), token in zip(asking, tokens, strict=True)]
 
     def _adjust(self, request: Request, logits: Tensor) -> Tensor | None:
-        """Change a request's logits as it asks for; it ends by itself where that fails."""
+        """Change a request's logits, `[V]`, as it asks for; None where that failed, which ends it."""
         try:
             allowed = request.allowed()
-            return adjust(logits, request.params, request.history(), request.seen, request.counts, allowed)
+            changed = adjust(logits, request.params, request.history(), request.seen, request.counts, allowed)
         except StopIteration as error:  # which would look like the end of a stream
             request.fail(RuntimeError(f"logits_processor raised {error!r}"))
         except Exception as error:  # of its logits_processor or its grammar
             request.fail(error)
+        else:
+            return logits if changed is None else changed
         return None
 
-    def _check_finite(self, all_finite: Tensor, logits: Tensor) -> None:
+    def _check_finite(self, extremes: Sequence[Sequence[float]]) -> None:
         """Refuse NaN and infinity, and name the ranks whose share of the vocabulary holds them."""
-        if all_finite:
+        bad = [rank for rank, bounds in enumerate(extremes) if not all(map(math.isfinite, bounds))]
+        if not bad:
             return
-        finite = torch.isfinite(logits)
-        share = logits.shape[-1] // self._parallel.size
-        bad = ~finite.all(dim=0).all(dim=0).view(self._parallel.size, share).all(dim=1)
         first = self._parallel.replica * self._parallel.size
-        ranks = ", ".join(str(first + rank) for rank in bad.nonzero().flatten().tolist())
-        found = "NaN" if torch.isnan(logits).any() else "infinity"
+        ranks = ", ".join(str(first + rank) for rank in bad)
+        found = "NaN" if any(math.isnan(bounds[0]) for bounds in extremes) else "infinity"
         raise NumericalError(
             f"the model produced {found} instead of logits on rank {ranks}: the weights are damaged, or the values "
             f"overflow {self._runner.cache.keys[0].dtype}; verify the checkpoint, or try dtype=torch.float32"
         )
+
+
+def _looks(request: Request | None) -> bool:
+    """True for a request that needs numbers on the host while its step runs, so they must be numbers."""
+    return request is not None and (request.scores_prompt or request.params.logits_processor is not None)

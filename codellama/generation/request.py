@@ -197,7 +197,8 @@ class Request:
         counts: how often each id was generated; kept where a penalty asks for it.
         seen: the ids of prompt and output; kept where the repetition penalty asks for them.
         row: of the cache, once it has been given one.
-        n_cached: tokens whose keys and values are there.
+        n_cached: tokens whose keys and values are there, or will be when the steps that were launched are over.
+        n_pending: tokens that were drawn and are not read yet, 0 or 1: the device alone knows them.
         n_reused: how many of them other requests had computed, in this row or in one that they were copied from.
 
     Raises:
@@ -219,6 +220,7 @@ class Request:
     seen: set[int] = field(default_factory=set, init=False)
     row: int | None = field(default=None, init=False)
     n_cached: int = field(default=0, init=False)
+    n_pending: int = field(default=0, init=False)
     n_reused: int = field(default=0, init=False)
     output: list[int] = field(default_factory=list, init=False)
     scores: list[TokenScore] = field(default_factory=list, init=False)
@@ -254,6 +256,16 @@ class Request:
     def prefilling(self) -> bool:
         """True while part of the prompt is not in the cache yet."""
         return self.n_cached < len(self.prompt)
+
+    @property
+    def needs_ids(self) -> bool:
+        """True where the next token cannot be drawn before the host knows the last one.
+
+        A stop string or a stop token is no reason: what is drawn behind it is dropped.
+        """
+        params = self.params
+        penalized = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        return penalized or params.logits_processor is not None or self.matcher is not None
 
     def history(self) -> list[int]:
         """Prompt and output, for a logits_processor; else nothing, since a prompt may be long."""

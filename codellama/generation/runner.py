@@ -3,46 +3,75 @@
 Shapes: B rows of the batch, T new tokens per row, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from codellama.cache import KVCache
-from codellama.generation.scheduler import Batch
+from codellama.generation.batch import LAST_DRAWN, Batch
 from codellama.memory import logits_tile
 from codellama.model import Transformer
 
 
 class Runner:
-    """The model and its cache on this rank."""
+    """The model and its cache on this rank.
+
+    Attributes:
+        drawn: the id that was drawn last in each row, int64 `[rows]`, as far as ids are read late.
+    """
 
     def __init__(self, model: Transformer, cache: KVCache, device: torch.device) -> None:
         """Run this model with this cache, both on device."""
         self.model = model
         self.cache = cache
-        self._device = device
+        self.device = device
+        self.drawn = torch.zeros(cache.n_rows, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Iterator[Tensor]:
-        """Run a batch and yield float32 logits `[B, t, V]` of its positions from logits_from on, in pieces.
+        """Run a batch and yield float32 logits `[n, V]` of the tokens that it wants them of, row by row, in pieces.
 
         Every rank must take all pieces, since each is computed by all of them together.
         """
         for source, target, start, stop in batch.copies:
             self.cache.copy_row_(source, target, stop, start)
+            self.drawn[target] = self.drawn[source]
         rows, width = len(batch.tokens), batch.width
-        tokens = torch.tensor(batch.tokens, device=self._device)
-        first = torch.tensor(batch.positions, device=self._device)
+        lengths = [len(row) for row in batch.tokens]
+        padded = [[*row, *[0] * (width - length)] for row, length in zip(batch.tokens, lengths, strict=True)]
+        tokens = torch.tensor(padded, device=self.device)  # [B, T]
+        if any(row and row[0] == LAST_DRAWN for row in batch.tokens):
+            last = self.drawn[batch.start : batch.start + rows, None]
+            tokens = torch.where(tokens == LAST_DRAWN, last, tokens)
+        steps = torch.arange(width, device=self.device)
+        positions = torch.tensor(batch.positions, device=self.device)[:, None] + steps  # [B, T]
+        if min(lengths) < width:  # behind a row's end, and in rows that run along, nothing is written
+            positions = torch.where(steps < torch.tensor(lengths, device=self.device)[:, None], positions, -1)
         view = self.cache.rows(batch.start, batch.start + rows).first(batch.length)
-        positions = first[:, None] + torch.arange(width, device=self._device)  # [B, T]
-        if min(batch.positions) < 0:  # rows that run along
-            positions.masked_fill_(first[:, None] < 0, -1)
-        hidden = self.model(tokens, positions, view)[:, batch.logits_from :]
-        tile = max(1, logits_tile(self.model.args.vocab_size, hidden.element_size()) // rows)
-        for piece in hidden.split(tile, dim=1):
-            if piece.shape[1]:
-                yield self.model.logits(piece)
+        hidden = self._select(self.model(tokens, positions, view), batch, lengths)
+        tile = logits_tile(self.model.args.vocab_size, hidden.element_size())
+        for start in range(0, len(hidden), tile):
+            yield self.model.logits(hidden[start : start + tile])
+
+    def _select(self, hidden: Tensor, batch: Batch, lengths: Sequence[int]) -> Tensor:
+        """Of `[B, T, dim]`, what logits are wanted of: `[n, dim]`, row by row."""
+        rows, width, dim = hidden.shape
+        flat = hidden.reshape(rows * width, dim)
+        if rows == 1:
+            return flat[lengths[0] - batch.wanted[0] : lengths[0]]
+        if sum(batch.wanted) == rows * width:
+            return flat
+        index = [
+            row * width + at
+            for row, (length, wanted) in enumerate(zip(lengths, batch.wanted, strict=True))
+            for at in range(length - wanted, length)
+        ]
+        return flat[torch.tensor(index, dtype=torch.int64, device=self.device)]
+
+    def keep(self, rows: Sequence[int], drawn: Sequence[Tensor]) -> None:
+        """Remember the id `[]` that each of these rows has drawn, for a batch that says LAST_DRAWN."""
+        self.drawn[torch.tensor(rows, device=self.device)] = torch.stack(list(drawn))
 
     def forget(self) -> None:
         """Clear the cache, which may hold NaN after a failure."""
@@ -52,5 +81,5 @@ class Runner:
         """Give the memory of weights and cache back; nothing can run afterwards."""
         self.model.release()
         self.cache.free()
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()

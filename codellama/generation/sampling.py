@@ -8,7 +8,6 @@ Shapes: B requests, V vocabulary, N positions of one request.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -213,45 +212,3 @@ def score(logits: Tensor, ids: Sequence[int], top: int) -> list[TokenScore]:
         TokenScore(value, tuple(zip(row, values, strict=True)))
         for value, (row, values) in zip(chosen, rivals, strict=True)
     ]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What a step gave each of its requests, on the host.
-
-    Attributes:
-        tokens: the next id of each.
-        scores: its log-probability under the model, for those that ask.
-        finite: False where any logit of the step is no number.
-    """
-
-    tokens: list[int]
-    scores: list[TokenScore | None]
-    finite: bool
-
-
-def fetch(finite: Tensor, logits: Tensor, tokens: Tensor, params: Sequence[SamplingParams]) -> Drawn:
-    """Score tokens where that is asked for, and bring all of it to the host in one transfer.
-
-    Args:
-        finite: bool `[]`.
-        logits: float32 `[B, V]`, as the model computed them.
-        tokens: int64 `[B]`.
-        params: one for each row.
-    """
-    columns = [tokens[:, None].double(), finite.double().expand(len(tokens), 1)]
-    top = 0
-    if any(wish.logprobs for wish in params):
-        top = min(max(wish.top_logprobs for wish in params), logits.shape[1])
-        logprobs = torch.log_softmax(logits, dim=-1)
-        columns.append(logprobs.gather(1, tokens[:, None]).double())
-        if top:
-            best = logprobs.topk(top, dim=-1)
-            columns += [best.indices.double(), best.values.double()]  # float64 holds any id
-    found = torch.cat(columns, dim=1).tolist()
-    scores: list[TokenScore | None] = []
-    for row, wish in zip(found, params, strict=True):
-        n = min(wish.top_logprobs, top)
-        rivals = zip(map(int, row[3 : 3 + n]), row[3 + top : 3 + top + n], strict=True)
-        scores.append(TokenScore(row[2], tuple(rivals)) if wish.logprobs else None)
-    return Drawn([int(row[0]) for row in found], scores, all(row[1] for row in found))

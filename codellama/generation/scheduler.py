@@ -1,13 +1,14 @@
 """Which rows run next: requests wait, are given a row, are prefilled in chunks, decode together, and leave.
 
-It knows nothing of the model or of torch. A Batch is all that a rank needs to run one step.
+It knows nothing of the model or of torch.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from codellama.config import RuntimeArgs
+from codellama.generation.batch import LAST_DRAWN, Batch
 from codellama.generation.request import Request
 from codellama.generation.rows import LEAST_REUSE, RowTable, common_length
 
@@ -15,54 +16,8 @@ SHARED_CHUNK = 512
 """Tokens of prompts that are read between two steps of the rows that decode: they wait for so many."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One step: T new tokens in each of the cache rows start … start + B - 1.
-
-    Attributes:
-        start: first cache row.
-        tokens: B lists of T ids.
-        positions: where each row's first new token stands; the others follow it. -1 for a row that runs along because
-            rows are a slice: it writes nothing.
-        logits_from: logits are wanted for the new tokens from this one on; T for none, T - 1 for the last.
-        requests: whose rows these are, on the leader; None for a row that runs along.
-        copies: what goes from row to row before the step, in this order: source, target, first position, end.
-    """
-
-    start: int
-    tokens: Sequence[Sequence[int]]
-    positions: Sequence[int]
-    logits_from: int
-    requests: Sequence[Request | None] = field(default=(), compare=False)
-    copies: Sequence[tuple[int, int, int, int]] = ()
-
-    @property
-    def width(self) -> int:
-        """T, the new tokens in each row."""
-        return len(self.tokens[0])
-
-    @property
-    def length(self) -> int:
-        """Cache positions that this step reads or writes."""
-        return max(self.positions) + self.width
-
-    def to_integers(self) -> list[int]:
-        """Flatten for another rank, which never sees the requests."""
-        tokens = [token for row in self.tokens for token in row]
-        copies = [value for copy in self.copies for value in copy]
-        sizes = [len(self.tokens), len(self.copies)]
-        return [self.start, *sizes, self.logits_from, *copies, *self.positions, *tokens]
-
-    @classmethod
-    def from_integers(cls, values: Sequence[int]) -> "Batch":
-        """Read what `to_integers` wrote."""
-        start, rows, n_copies, logits_from = values[:4]
-        copies = [(values[at], values[at + 1], values[at + 2], values[at + 3]) for at in range(4, 4 + 4 * n_copies, 4)]
-        rest = values[4 + 4 * n_copies :]
-        positions, flat = rest[:rows], rest[rows:]
-        width = len(flat) // rows
-        tokens = [flat[row * width : (row + 1) * width] for row in range(rows)]
-        return cls(start, tokens, positions, logits_from, copies=tuple(copies))
+STEP_TOKENS = 32
+"""Tokens that are read in the time that one more step takes beside its tokens, roughly, on any machine."""
 
 
 class Scheduler:
@@ -137,7 +92,7 @@ class Scheduler:
         a chunk of others between two of its own.
         """
         self._admit()
-        decode = [request for request in self._rows if request is not None and not request.prefilling]
+        decode = [request for request in self._rows if request is not None and _decodes(request)]
         batch = self._prefill(bool(decode)) if self._prompts else None
         if batch is None:
             self._delay = 0
@@ -147,13 +102,29 @@ class Scheduler:
             batch, self._copies = replace(batch, copies=tuple(self._copies)), []
         return batch
 
-    def commit(self, batch: Batch) -> None:
-        """Account for a batch that was run and whose requests have taken their tokens: free the rows that are done."""
-        for request in batch.requests:
+    @property
+    def needs_ids(self) -> bool:
+        """True where the next batch cannot be made well before the ids of the last one are read."""
+        return any(request is not None and request.n_pending > 0 and request.needs_ids for request in self._rows)
+
+    def launch(self, batch: Batch, drawing: Sequence[Request] = ()) -> None:
+        """Account for a batch that runs: what it writes is as good as written, and these requests draw a token.
+
+        The next batch can be made before this one is committed: one late, never two.
+        """
+        for request, tokens in zip(batch.requests, batch.tokens, strict=True):
             if request is not None:
-                request.n_cached += batch.width
-                if request.finish_reason is None and not request.prefilling and request.n_max == 0:
-                    request.finish("length")  # the prompt is scored; there is nothing to generate
+                request.n_cached += len(tokens)
+        for request in drawing:
+            request.n_pending += 1
+
+    def commit(self, batch: Batch, drawing: Sequence[Request] = ()) -> None:
+        """Account for a launched batch whose requests have taken their tokens: free the rows that are done."""
+        for drawer in drawing:
+            drawer.n_pending -= 1
+        for request in batch.requests:
+            if request is not None and _has_all(request):
+                request.finish("length")  # the prompt is scored; there is nothing to generate
         self._free()
 
     def _admit(self) -> None:
@@ -169,9 +140,16 @@ class Scheduler:
 
     def _copy_beginning(self, request: Request) -> None:
         """Copy what another row holds of a prompt, its last id excepted, if that is enough to be worth it."""
-        assert request.row is not None, "an admitted request has a row"
+        length, source = self._find_beginning(request)
+        if length:
+            self._copies.append((source, row_of(request), request.n_cached, length))
+            request.n_reused += length - request.n_cached
+            request.n_cached = length
+
+    def _find_beginning(self, request: Request) -> tuple[int, int]:
+        """How many of a prompt's ids are worth being copied from another row, and from which one; else 0 of any."""
         if request.scores_prompt:
-            return
+            return 0, 0
         wanted = request.prompt[:-1]
         length, source = self._table.longest(wanted)
         for row, other in enumerate(self._rows):
@@ -181,10 +159,7 @@ class Scheduler:
                     shared += common_length(other.output[: other.n_cached - shared], wanted[shared:])
                 if shared > length:
                     length, source = shared, row
-        if length >= request.n_cached + LEAST_REUSE:
-            self._copies.append((source, request.row, request.n_cached, length))
-            request.n_reused += length - request.n_cached
-            request.n_cached = length
+        return (length, source) if length >= request.n_cached + LEAST_REUSE else (0, 0)
 
     def _free(self) -> None:
         for row, request in enumerate(self._rows):
@@ -195,38 +170,115 @@ class Scheduler:
                     self._prompts.remove(request)
 
     def _prefill(self, decoding: bool) -> Batch | None:
-        """Read a chunk of a prompt, or None if those that decode have waited enough."""
+        """Read a chunk of a prompt, or several short prompts; None if those that decode have waited enough."""
         size = min(self._runtime.chunk_size, SHARED_CHUNK) if decoding else self._runtime.chunk_size
         first, request = self._prompts[0], min(self._prompts, key=_n_left)
-        if self._passed + self._cost(request, size) > size:
+        if self._passed + self._cost(_n_left(request), size) > size:
             request = first
         self._copy_beginning(request)
-        cost = self._cost(request, size)
+        cost = self._cost(min(_n_left(request), size), size)
         if decoding and self._delay + cost > size:
             return None
+        room = min(size - (self._delay if decoding else 0), size if request is first else size - self._passed)
+        group = self._gather(request, min(room, SHARED_CHUNK))
+        if len(group) > 1:
+            cost = self._cost(_padded(group), size)
         self._delay = self._delay + cost if decoding else 0
-        self._passed = 0 if request is first else self._passed + cost
-        assert request.row is not None, "an admitted request has a row"
-        chunk = request.prompt[request.n_cached : request.n_cached + size]
-        last = len(chunk) == _n_left(request)
-        if last:
-            self._prompts.remove(request)
-        unscored = len(chunk) - 1 if last else len(chunk)
-        logits_from = 0 if request.scores_prompt else unscored
-        return Batch(request.row, [chunk], [request.n_cached], logits_from, [request])
+        self._passed = 0 if first in group else self._passed + cost
+        return self._read(group, size)
 
-    def _cost(self, request: Request, size: int) -> int:
-        """Tokens of a request's next chunk of up to this size; but reading a few is not free either."""
-        return max(min(_n_left(request), size), size // len(self._rows))
+    def _gather(self, request: Request, room: int) -> list[Request]:
+        """Find the prompts that are read to their end together with a request's, padding counted in this room.
+
+        Each must cost no more than in a step of its own. One that begins like another one of them waits for it, and
+        copies.
+        """
+        group = [request]
+        if _n_left(request) > room:
+            return group
+        for other in sorted(self._prompts, key=_n_left):
+            length = self._find_beginning(other)[0]
+            left = len(other.prompt) - max(other.n_cached, length)
+            size = _padded([*group, other], left)
+            worth_it = size <= room and size - _padded(group) <= left + STEP_TOKENS
+            if other in group or not worth_it or any(_begins_like(other, member, length) for member in group):
+                continue
+            self._copy_beginning(other)
+            group.append(other)
+        return group
+
+    def _read(self, group: Sequence[Request], size: int) -> Batch:
+        """Make a batch of the next chunk of each of these prompts."""
+        span, owners = _span(group), {row_of(request): request for request in group}
+        requests = [owners.get(row) for row in span]
+        chunks = [request.prompt[request.n_cached :][:size] if request else [] for request in requests]
+        wanted = [0] * len(span)
+        for index, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
+            if request is not None:
+                last = len(chunk) == _n_left(request)
+                wanted[index] = len(chunk) if request.scores_prompt else int(last)
+                if last:
+                    self._prompts.remove(request)
+        positions = [request.n_cached if request else -1 for request in requests]
+        return Batch(span.start, chunks, positions, wanted, requests)
+
+    def _cost(self, n_tokens: int, size: int) -> int:
+        """Tokens of the next step, of up to this size; but reading a few is not free either."""
+        return max(min(n_tokens, size), size // len(self._rows))
 
     def _decode(self, decode: Sequence[Request]) -> Batch:
-        rows = [request.row for request in decode if request.row is not None]
-        span = range(min(rows), max(rows) + 1)
-        owners = [self._rows[row] for row in span]
-        requests = [None if owner is None or owner.prefilling else owner for owner in owners]
-        tokens = [[request.output[-1] if request else 0] for request in requests]
+        span, decoding = _span(decode), {row_of(request): request for request in decode}
+        requests = [decoding.get(row) for row in span]
+        tokens = [[_last_id(request)] if request else [] for request in requests]
         positions = [request.n_cached if request else -1 for request in requests]
-        return Batch(span.start, tokens, positions, 0, requests)
+        return Batch(span.start, tokens, positions, [len(row) for row in tokens], requests)
+
+
+def row_of(request: Request) -> int:
+    """The row of an admitted request."""
+    assert request.row is not None, "an admitted request has a row"
+    return request.row
+
+
+def _span(requests: Sequence[Request]) -> range:
+    """The slice of rows from the first of these requests to the last one."""
+    rows = [row_of(request) for request in requests]
+    return range(min(rows), max(rows) + 1)
+
+
+def _padded(group: Sequence[Request], at_least: int = 0) -> int:
+    """Tokens that a step of these prompts computes, padding and rows that run along counted."""
+    *known, last = group
+    longest = max([*map(_n_left, known), at_least or _n_left(last)])
+    return len(_span(group)) * longest
+
+
+def _begins_like(request: Request, other: Request, n_held: int) -> bool:
+    """True where another prompt holds more of a request's beginning than is in the cache, and enough to copy."""
+    if request.scores_prompt:
+        return False
+    return common_length(request.prompt[:-1], other.prompt) >= max(request.n_cached, n_held) + LEAST_REUSE
+
+
+def _has_all(request: Request) -> bool:
+    """True where a request asked for its prompt's scores alone, and has them."""
+    return request.finish_reason is None and not request.prefilling and request.n_max == 0
+
+
+def _decodes(request: Request) -> bool:
+    """True where a request is past its prompt, and what is drawn and not read yet is not its last token.
+
+    One that has failed still has its row where the step that it failed in is not committed yet.
+    """
+    return (
+        request.finish_reason is None
+        and not request.prefilling
+        and len(request.output) + request.n_pending < request.n_max
+    )
+
+
+def _last_id(request: Request) -> int:
+    return LAST_DRAWN if request.n_pending else request.output[-1]
 
 
 def _n_left(request: Request) -> int:

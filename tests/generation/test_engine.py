@@ -10,10 +10,11 @@ from torch import Tensor
 from codellama.cache import KVCache
 from codellama.config import RuntimeArgs, SamplingParams
 from codellama.errors import NumericalError
+from codellama.generation.batch import Batch
 from codellama.generation.engine import Engine
 from codellama.generation.request import Delta, Request
 from codellama.generation.runner import Runner
-from codellama.generation.scheduler import Batch, Scheduler
+from codellama.generation.scheduler import Scheduler
 from codellama.parallel import Parallel
 from tests.support import tiny
 
@@ -54,7 +55,7 @@ def test_a_finished_row_is_taken_at_once_and_does_not_compute() -> None:
     engine.run([short, long, queued])
     rows = [(batch.start, len(batch.tokens), batch.width) for batch in runner.batches]
     # prefill short and long; one step finishes short; queued takes row 0; one step finishes it; long goes on alone
-    assert rows == [(0, 1, 3), (1, 1, 3), (0, 2, 1), (0, 1, 3), (0, 2, 1), *[(1, 1, 1)] * 9]
+    assert rows == [(0, 2, 3), (0, 2, 1), (0, 1, 3), (0, 2, 1), *[(1, 1, 1)] * 9]
 
 
 def test_a_step_reads_no_more_of_the_cache_than_is_in_use() -> None:
@@ -66,7 +67,7 @@ def test_a_step_reads_no_more_of_the_cache_than_is_in_use() -> None:
 def test_logits_are_computed_only_where_they_are_used() -> None:
     engine, runner = new_engine(chunk_size=10)
     engine.run([request([4] * 25, 2)])
-    assert [(batch.width, batch.logits_from) for batch in runner.batches] == [(10, 10), (10, 10), (5, 4), (1, 0)]
+    assert [(batch.width, batch.wanted[0]) for batch in runner.batches] == [(10, 0), (10, 0), (5, 1), (1, 1)]
 
 
 def test_running_rows_move_between_the_chunks_of_a_long_prompt() -> None:
@@ -270,7 +271,7 @@ def test_scoring_a_prompt_generates_nothing() -> None:
     engine, runner = new_engine(chunk_size=16)
     (done,) = engine.run([request([3] * 40, 0, echo=True, logprobs=True)])
     assert len(done.scores) == len(done.tokens) == 40
-    assert [(batch.width, batch.logits_from) for batch in runner.batches] == [(16, 0), (16, 0), (8, 0)]
+    assert [(batch.width, batch.wanted[0]) for batch in runner.batches] == [(16, 16), (16, 16), (8, 8)]
     (nothing,) = engine.run([request([3] * 40, 0)])
     assert (nothing.tokens, nothing.finish_reason) == ((), "length")
     assert len(runner.batches) == 3

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from codellama.cache import KVCache
 from codellama.config import ModelArgs, RuntimeArgs, SamplingParams
+from codellama.generation.batch import LAST_DRAWN, Batch
 from codellama.generation.engine import Engine
 from codellama.generation.request import Request
 from codellama.generation.runner import Runner
 from codellama.generation.sampling import sample
-from codellama.generation.scheduler import Batch, Scheduler
+from codellama.generation.scheduler import Scheduler
 from codellama.model import Transformer
 from codellama.parallel import Parallel
 from tests.support import tiny
@@ -34,21 +35,25 @@ def model() -> Transformer:
 
 
 class Recorder(Runner):
-    """Counts tokens that were copied, and steps with rows that ran along."""
+    """Counts tokens that were copied, steps with rows that ran along, with several prompts, with unread ids."""
 
     copied = 0
     along = 0
+    blind = 0
+    together = 0
 
     def run(self, batch: Batch) -> Iterator[Tensor]:
         self.copied += sum(stop - start for _, _, start, stop in batch.copies)
         self.along += min(batch.positions) < 0
+        self.together += sum(len(tokens) > 1 for tokens in batch.tokens) > 1
+        self.blind += any(LAST_DRAWN in tokens for tokens in batch.tokens)
         return super().run(batch)
 
 
 class Load:
     """An engine, and what has been asked of it."""
 
-    def __init__(self, model: Transformer, rng: random.Random) -> None:
+    def __init__(self, model: Transformer, rng: random.Random, late: bool) -> None:
         self.rng = rng
         self.rows = rng.randrange(1, 6)
         runtime = RuntimeArgs(max_seq_len=MAX_SEQ_LEN, max_batch_size=self.rows, chunk_size=rng.randrange(1, 30))
@@ -57,7 +62,7 @@ class Load:
         )  # fmt: skip
         self.runner = Recorder(model, cache, CPU)
         self.scheduler = Scheduler(runtime)
-        self.engine = Engine(self.runner, self.scheduler, Parallel())
+        self.engine = Engine(self.runner, self.scheduler, Parallel(), late)
         self.requests: list[Request] = []
         self.handed: dict[Request, list[int]] = {}
 
@@ -102,9 +107,9 @@ def expected(model: Transformer, request: Request) -> list[int]:
 
 def test_any_interleaving_gives_each_request_what_it_gets_alone(model: Transformer) -> None:
     rng = random.Random(3)
-    seen = {"reused": 0, "copied": 0, "along": 0, "cancelled": 0, "length": 0, "stop": 0}
-    for _ in range(200):
-        load = Load(model, rng)
+    seen = {"reused": 0, "copied": 0, "along": 0, "blind": 0, "together": 0, "cancelled": 0, "length": 0, "stop": 0}
+    for index in range(200):
+        load = Load(model, rng, late=index % 2 == 1)
         load.run()
         assert not load.scheduler.busy
         assert load.scheduler._table._held.keys() == set(range(load.rows)), "all rows are free"
@@ -120,4 +125,6 @@ def test_any_interleaving_gives_each_request_what_it_gets_alone(model: Transform
             seen["reused"] += request.n_reused > 0
         seen["copied"] += load.runner.copied > 0
         seen["along"] += load.runner.along > 0
+        seen["together"] += load.runner.together > 0
+        seen["blind"] += load.runner.blind > 0
     assert min(seen.values()) > 20, seen

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from codellama.config import SamplingParams
-from codellama.generation.sampling import adjust, draw_batch, fetch, penalize, penalize_generated, sample, score
+from codellama.generation.sampling import adjust, draw_batch, penalize, penalize_generated, sample, score
 
 DRAWS = 20_000
 ALMOST_1 = 0.9999999999999999  # the largest number below 1
@@ -360,15 +360,3 @@ def test_rows_that_are_drawn_together_are_those_drawn_alone(spread: float) -> No
         given = torch.stack([row if new is None else new for row, new in zip(logits, changed, strict=True)])
         together = draw_batch(given, params, uniforms)
         assert together.tolist() == [int(token) for token in alone]
-        drawn = fetch(torch.tensor(True), logits, together, params)
-        assert drawn.tokens == together.tolist()
-        for row, found in enumerate(drawn.scores):
-            own = score(logits[row : row + 1], [drawn.tokens[row]], params[row].top_logprobs)[0]
-            assert found == (own if params[row].logprobs else None)
-
-
-def test_what_is_not_finite_is_told_with_the_tokens() -> None:
-    logits = random_logits(14, seed=0).view(2, 7)
-    params = [SamplingParams(), SamplingParams(logprobs=True)]
-    assert fetch(torch.tensor(True), logits, logits.argmax(-1), params).finite
-    assert not fetch(torch.tensor(False), logits, logits.argmax(-1), params).finite

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from codellama.generation.scheduler import Batch
+from codellama.generation.batch import Batch
 from tests.support.schedule import Machine, rows_of
 
 
@@ -18,32 +18,31 @@ def test_one_request() -> None:
     machine = Machine()
     request = machine.add(3, n=3)
     assert machine.scheduler.busy
-    assert machine.step() == Batch(0, [request.prompt], [0], 2)
-    assert machine.step() == Batch(0, [[request.output[0]]], [3], 0)
-    assert machine.step() == Batch(0, [[request.output[1]]], [4], 0)
+    assert machine.step() == Batch(0, [request.prompt], [0], [1])
+    assert machine.step() == Batch(0, [[request.output[0]]], [3], [1])
+    assert machine.step() == Batch(0, [[request.output[1]]], [4], [1])
     assert machine.step() is None
     assert (len(request.output), request.finish_reason, request.n_cached) == (3, "length", 5)
 
 
 def test_prompts_come_before_decoding_and_rows_decode_together() -> None:
     machine = Machine(rows=3)
-    lengths = (5, 3, 2)
-    for length in lengths:
-        machine.add(length)
-    for row in (2, 1, 0):  # the shortest one first
+    requests = [machine.add(length) for length in (5, 4, 2)]
+    for row, longest in ((1, 4), (0, 5)):  # the shortest one first, with the one beside it: 8 with padding
         batch = machine.step()
         assert batch is not None
-        assert (batch.start, batch.width, batch.positions) == (row, lengths[row], [0])
+        assert (batch.start, batch.width, set(batch.positions), set(batch.wanted)) == (row, longest, {0}, {1})
+        assert batch.tokens == [request.prompt for request in requests[row : row + len(batch.tokens)]]
     batch = machine.step()
     assert batch is not None
-    assert (rows_of(batch), batch.positions, batch.width) == ([0, 1, 2], [5, 3, 2], 1)
+    assert (rows_of(batch), batch.positions, batch.width) == ([0, 1, 2], [5, 4, 2], 1)
 
 
 def test_more_requests_than_rows_wait_and_rows_are_used_again_at_once() -> None:
     machine = Machine(rows=2)
     first, second, third, fourth = (machine.add(2, n) for n in (3, 9, 1, 1))
-    steps = [rows_of(machine.step()) for _ in range(4)]
-    assert steps == [[0], [1], [0, 1], [0, 1]]
+    steps = [rows_of(machine.step()) for _ in range(3)]
+    assert steps == [[0, 1]] * 3
     assert (first.finish_reason, third.row, fourth.row) == ("length", None, None)
     assert rows_of(machine.step()) == [0]
     assert (third.row, third.finish_reason) == (0, "length")
@@ -120,8 +119,8 @@ def test_chunks_of_a_long_prompt_take_turns_with_decoding() -> None:
     machine.step()
     machine.step()
     long = machine.add(30)
-    steps = [rows_of(machine.step()) for _ in range(9)]
-    assert steps == [[0, 1], [2], [0, 1], [2], [0, 1], [2], [0, 1], [2], [0, 1, 2]]
+    steps = [rows_of(machine.step()) for _ in range(8)]
+    assert steps == [[2], [0, 1], [2], [0, 1], [2], [0, 1], [2], [0, 1, 2]]
     assert machine.prefilled[long] == long.prompt
 
 
@@ -143,8 +142,8 @@ def test_rows_that_run_along_write_nothing_and_are_not_read_beyond_the_others() 
     batch = machine.step()
     assert batch is not None
     assert (rows_of(batch), len(batch.tokens)) == ([0, 3], 4)
-    assert (list(batch.positions), batch.length) == ([5, -1, -1, 4], 6)
-    assert [batch.tokens[1], batch.tokens[2]] == [[0], [0]]
+    assert (list(batch.positions), batch.length, batch.wanted) == ([5, -1, -1, 5], 6, [1, 0, 0, 1])
+    assert [batch.tokens[1], batch.tokens[2]] == [[], []]
     machine.finish()
     assert machine.prefilled[long] == long.prompt
 
@@ -179,8 +178,9 @@ def test_one_prompt_for_many_is_read_once() -> None:
     machine = Machine(rows=4, max_seq_len=64)
     first = machine.add(30)
     others = [machine.add(30, begin=first.prompt) for _ in range(3)]
-    widths = [batch.width for batch in iter(machine.step, None) if batch is not None and len(batch.tokens) == 1]
-    assert sum(widths) == 30 + 3
+    machine.finish()
+    assert sum(len(machine.prefilled[request]) for request in (first, *others)) - machine.copied == 30 + 3
+    assert machine.steps == 4 + 1 + 3, "four chunks, the last ids of the three others together, and three more tokens"
     assert [request.n_reused for request in (first, *others)] == [0, 29, 29, 29]
 
 
@@ -242,7 +242,7 @@ def test_requests_that_ask_for_nothing() -> None:
     assert machine.step() is None
     scored = machine.add(32, n=0, echo=True, logprobs=True)
     batches = [machine.step() for _ in range(4)]
-    assert [(batch.width, batch.logits_from) for batch in batches if batch is not None] == [(8, 0)] * 4
+    assert [(batch.width, batch.wanted) for batch in batches if batch is not None] == [(8, [8])] * 4
     assert (scored.finish_reason, scored.output) == ("length", [])
     assert machine.step() is None
 
@@ -252,8 +252,8 @@ def test_scored_prompts_ask_for_all_logits() -> None:
     machine.add(10, echo=True, logprobs=True)
     machine.add(10, logprobs=True)
     batches = [machine.step() for _ in range(5)]
-    found = [(batch.width, batch.logits_from) for batch in batches if batch is not None]
-    assert found == [(8, 0), (2, 0), (8, 8), (1, 0), (2, 1)]
+    found = [(batch.width, batch.wanted) for batch in batches if batch is not None]
+    assert found == [(8, [8]), (2, [2]), (8, [0]), (1, [1]), (2, [1])]
 
 
 def test_cancel_while_waiting() -> None:
@@ -279,7 +279,7 @@ def test_cancel_in_the_middle_of_a_prompt() -> None:
 def test_cancel_while_decoding() -> None:
     machine = Machine(rows=2)
     first, second = machine.add(2, n=9), machine.add(2, n=3)
-    for _ in range(3):
+    for _ in range(2):
         machine.step()
     machine.cancel(first)
     assert (first.finish_reason, len(first.output)) == ("cancelled", 2)
@@ -365,11 +365,11 @@ def test_a_long_prompt_waits_for_no_more_than_a_chunk_between_two_of_its_own() -
         machine.add(6, n=1)
         batch = machine.step()
         assert batch is not None
-        if rows_of(batch) == [long.row]:
+        if long.row in rows_of(batch):
             between.append(passed)
             passed = 0
         else:
-            passed += batch.width
+            passed += sum(map(len, batch.tokens))
     assert between == [12] * 6 + [0], "two prompts of 6, in chunks of 16; the last 4 are the shortest"
 
 
@@ -386,17 +386,60 @@ def test_rows_that_decode_wait_for_no_more_than_a_chunk() -> None:
             delays.append(delay)
             delay = 0
         else:
-            delay += batch.width
+            delay += sum(map(len, batch.tokens))
     assert delays[1:-1] == [10] * (len(delays) - 2), "two prompts of 5, in chunks of 12"
 
 
 def test_batches_travel_as_integers() -> None:
-    batch = Batch(3, [[5, 6, 7], [8, 9, 10]], [0, 4], 2, copies=((0, 3, 0, 9), (3, 1, 4, 8)))
-    assert batch.to_integers() == [3, 2, 2, 2, 0, 3, 0, 9, 3, 1, 4, 8, 0, 4, 5, 6, 7, 8, 9, 10]
+    batch = Batch(3, [[5, 6, 7], [8]], [0, 4], [3, 1], copies=((0, 3, 0, 9), (3, 1, 4, 8)))
+    copies = [0, 3, 0, 9, 3, 1, 4, 8]
+    assert batch.to_integers() == [3, 2, 2, 0, *copies, 0, 4, 3, 1, 3, 1, 5, 6, 7, 8]
     assert Batch.from_integers(batch.to_integers()) == batch
-    plain = Batch(3, [[5], [0], [6]], [4, -1, 2], 0)
+    plain = Batch(3, [[5], [], [-1]], [4, -1, 2], [1, 0, 1], shared=True)
     assert Batch.from_integers(plain.to_integers()) == plain
-    assert (batch.width, batch.length, plain.length) == (3, 7, 5)
+    assert (batch.width, batch.length, plain.length) == (3, 5, 5)
+
+
+def test_where_logits_stand() -> None:
+    one, two, three = (Machine().add(9) for _ in range(3))
+    batch = Batch(0, [[5, 6, 7], [], [8], [9, 9]], [4, -1, 2, 0], [2, 0, 1, 0], [one, None, two, three])
+    assert list(batch.spans()) == [(one, 0, 2, 5), (two, 2, 3, 2)]
+
+
+def test_short_prompts_are_read_together() -> None:
+    """As many as fit into a step; those that decode by then wait no longer than for one chunk, as ever."""
+    for chunk_size, expected in (
+        (224, [[*range(16)]] * 2),
+        (64, [[0, 1, 2, 3], [4, 5, 6, 7], [*range(8)], [8, 9, 10, 11], [*range(12)], [12, 13, 14, 15]]),
+    ):
+        machine = Machine(rows=16, max_seq_len=64, chunk_size=chunk_size)
+        for _ in range(16):
+            machine.add(14, n=9)
+        assert [rows_of(machine.step()) for _ in expected] == expected
+
+
+def test_a_prompt_that_costs_more_together_is_read_alone() -> None:
+    """A long one beside a short one would be padding for most of it; one far away brings the rows between."""
+    machine = Machine(rows=8, max_seq_len=400, chunk_size=512)
+    machine.add(3)
+    machine.add(100)
+    assert [rows_of(machine.step()) for _ in range(3)] == [[0], [1], [0, 1]]
+    machine.finish()
+    machine.add(300, n=30)
+    machine.step()
+    machine.add(30)
+    machine.add(20)
+    assert [rows_of(machine.step()) for _ in range(2)] == [[3, 4], [2, 3, 4]]
+
+
+def test_one_that_begins_like_another_waits_for_it_and_copies() -> None:
+    machine = Machine(rows=4, max_seq_len=128, chunk_size=128)
+    first, other = machine.add(30), machine.add(31)
+    same, longer = machine.add(30, begin=first.prompt[:20]), machine.add(32, begin=first.prompt[:12])
+    assert rows_of(machine.step()) == [0, 1]
+    assert rows_of(machine.step()) == [2, 3]
+    assert [request.n_reused for request in (first, other, same, longer)] == [0, 0, 20, 12]
+    machine.finish()
 
 
 def test_random_schedules() -> None:

@@ -7,8 +7,9 @@ request must find its own history in its row, whether it runs or not: nobody els
 from collections.abc import Sequence
 
 from codellama.config import RuntimeArgs, SamplingParams
+from codellama.generation.batch import Batch
 from codellama.generation.request import Request
-from codellama.generation.scheduler import Batch, Scheduler
+from codellama.generation.scheduler import Scheduler
 
 VOCAB = 1000
 
@@ -19,7 +20,7 @@ class Machine:
     Attributes:
         cache: what each row holds; kept: what a row held when it was freed.
         prefilled: the part of its prompt that is in the cache, in the order in which it came there.
-        copied: ids that went from row to row.
+        copied: ids that went from row to row; steps: batches so far.
         admitted: requests in the order in which they were given rows; running: those that have not ended.
     """
 
@@ -33,6 +34,7 @@ class Machine:
         self.admitted: list[Request] = []
         self.running: set[Request] = set()
         self.copied = 0
+        self.steps = 0
 
     def add(self, length: int, n: int = 4, begin: Sequence[int] = (), **params: bool) -> Request:
         """Queue a request whose prompt begins like this, and goes on like no other's."""
@@ -50,14 +52,16 @@ class Machine:
         if batch is None:
             assert not self.scheduler.busy
             return None
+        self.steps += 1
         self.copy(batch)
         self.check(batch)
         for row, (tokens, first) in enumerate(zip(batch.tokens, batch.positions, strict=True), start=batch.start):
             if first >= 0:
                 self.cache[row][first : first + len(tokens)] = tokens
-        for request, position in zip(batch.requests, batch.positions, strict=True):
-            if request is not None and request.n_max > 0 and position + batch.width == request.n_tokens:
+        for request, tokens, position in zip(batch.requests, batch.tokens, batch.positions, strict=True):
+            if request is not None and request.n_max > 0 and position + len(tokens) == request.n_tokens:
                 request.append((request.prompt[0] + 7 * len(request.output)) % VOCAB, None)
+        self.scheduler.launch(batch)
         self.scheduler.commit(batch)
         self.leave()
         return batch
@@ -111,10 +115,11 @@ class Machine:
         rows = range(batch.start, batch.start + len(batch.tokens))
         assert 0 <= batch.start < rows.stop <= self.runtime.max_batch_size
         assert len(batch.positions) == len(batch.requests) == len(rows)
-        assert {len(tokens) for tokens in batch.tokens} == {batch.width}
-        assert 1 <= batch.width <= self.runtime.chunk_size
-        assert 0 <= batch.logits_from <= batch.width
-        assert batch.length == max(batch.positions) + batch.width <= self.runtime.max_seq_len
+        assert max(len(tokens) for tokens in batch.tokens) == batch.width
+        decoding = batch.width == 1
+        assert 1 <= len(rows) * batch.width <= self.runtime.chunk_size or len(rows) == 1 or decoding, "padding counts"
+        assert batch.width <= self.runtime.chunk_size
+        assert batch.length <= self.runtime.max_seq_len
         again = Batch.from_integers(batch.to_integers())
         assert again == batch
         assert (again.width, again.length) == (batch.width, batch.length)
@@ -126,7 +131,7 @@ class Machine:
             if request is not None:
                 self.check_request(row, request, tokens, position, batch)
             else:
-                assert position == -1, "a row that runs along writes nothing"
+                assert (position, tokens) == (-1, []), "a row that runs along writes nothing"
         for row, owner in owners.items():
             history = [*owner.prompt, *owner.output]
             assert self.cache[row][: owner.n_cached] == history[: owner.n_cached], "each finds what is its own"
@@ -138,18 +143,20 @@ class Machine:
         assert request.row == row
         assert request in self.running
         history = [*request.prompt, *request.output]
+        wanted = batch.wanted[row - batch.start]
         assert position == request.n_cached
         assert history[position : position + len(tokens)] == tokens
         if position < len(request.prompt):
-            assert len(batch.requests) == 1, "a prompt is prefilled alone"
+            assert not any(other and other.n_cached >= len(other.prompt) for other in batch.requests), "nobody decodes"
             self.prefilled[request] += tokens
             assert self.prefilled[request] == request.prompt[: position + len(tokens)], "each once and in order"
             last = position + len(tokens) == len(request.prompt)
-            assert batch.logits_from == (0 if request.scores_prompt else batch.width - last)
+            assert last or sum(map(bool, batch.tokens)) == 1, "together, prompts are read to their ends"
+            assert wanted == (len(tokens) if request.scores_prompt else last)
         else:
             assert position == request.n_tokens - 1
             assert tokens == [request.output[-1]]
-            assert batch.logits_from == 0
+            assert wanted == 1
 
 
 def rows_of(batch: Batch | None) -> list[int]:
