@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
-from codellama.config import Grammar, LogitsProcessor, SamplingParams
+from codellama.config import LogitsProcessor, SamplingParams
 from codellama.generation.prompt import Prompt
 from codellama.generation.request import Completion, FinishReason
+from codellama.grammar import Grammar
 from codellama.tokenizer import Tokenizer
 
 T = TypeVar("T")

@@ -1,6 +1,7 @@
 """Tiny models with random weights, in which all dimensions differ, so that a swapped axis cannot pass."""
 
 import io
+import math
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +26,29 @@ ARGS = ModelArgs(
     rope_theta=10_000.0,
 )
 
+GEMMAS = {
+    name: ModelArgs(
+        dim=dim,  # never n_heads · head_dim
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=n_kv_heads,
+        vocab_size=VOCAB,
+        multiple_of=hidden_dim,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        head_dim=head_dim,
+        activation="gelu_tanh",
+        norm_offset=1,
+        embedding_scale=math.sqrt(dim),
+        tied_output=True,
+    )
+    for name, dim, n_kv_heads, head_dim, hidden_dim in (
+        ("one of four", 64, 1, 32, 192),
+        ("four of four", 80, 4, 12, 256),
+    )
+}
+"""Tiny models with all that CodeGemma differs in, by their key/value heads."""
+
 INFILLING = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 
 
@@ -35,7 +59,7 @@ def random_weights(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.fl
     for name, shape in tensor_shapes(args).items():
         values = torch.randn(shape, generator=generator)
         if shard_dim(name) is None:
-            weights[name] = (1 + 0.1 * values).to(dtype)
+            weights[name] = (1 - args.norm_offset + 0.1 * values).to(dtype)
         else:
             weights[name] = (values * 1.5 * shape[-1] ** -0.5).to(dtype)
     return weights
