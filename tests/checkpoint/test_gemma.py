@@ -130,21 +130,20 @@ def greedy(folders: list[Path]) -> list[Any]:
     found = []
     for folder in folders:
         llama = Llama.build(folder, max_seq_len=96, max_batch_size=2, dtype="float32", device="cpu")
-        found.append(llama.generate(PROMPTS, 16, temperature=0))
+        found.append(llama.generate(PROMPTS, 10, temperature=0))
     return found
 
 
 def test_ranks_generate_the_same_tokens(saved: dict[str, Path], files: dict[str, Path]) -> None:
-    folders = [*saved.values(), files["one of four"]]
+    folders = [files["one of four"], saved["four of four"]]
     expected = greedy(folders)
-    assert expected[0] == expected[2]
-    assert len({tuple(row) for row in expected[0]} | {tuple(row) for row in expected[1]}) == 4
+    assert all(len(set(ids)) > 5 for tokens, _ in expected for ids in tokens)  # not one token over and over
     for size in (2, 4):
         for found in run_ranks(size, greedy, folders):
             assert found == expected
 
 
-@pytest.mark.parametrize(("quantize", "limit"), [("int8", 0.2), ("int4", 2.0)])
+@pytest.mark.parametrize(("quantize", "limit"), [("int8", 0.05), ("int4", 0.5)])
 def test_quantized_as_it_is_loaded(saved: dict[str, Path], quantize: str, limit: float) -> None:
     checkpoint = open_checkpoint(saved["one of four"])
     expected = logits(loaded(checkpoint))
@@ -291,7 +290,7 @@ def test_transformers_reads_what_is_written(saved: dict[str, Path], tmp_path: Pa
 
 
 def test_metas_layout_has_no_words_for_it(saved: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no words for head_dim 32, activation gelu_tanh.*to huggingface"):
+    with pytest.raises(CheckpointError, match=r"has no words for head_dim 32, activation gelu_tanh.*to huggingface"):
         convert(saved["one of four"], tmp_path / "ckpt", format="meta")
     assert list(tmp_path.iterdir()) == []
 

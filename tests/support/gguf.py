@@ -93,8 +93,8 @@ def write_gguf(
 ) -> Path:
     """Write a file with matrices of this type, and vectors in float32 as llama.cpp has them.
 
-    A gemma's norms are stored with the 1 that is added to them, its queries and keys with the first rows of all pairs of
-    a head before the second ones.
+    Norms of a gemma are stored with the 1 that is added to them, queries and keys with the first rows of all pairs of a
+    head before the second ones.
 
     Args:
         weights: canonical names; random ones if None.

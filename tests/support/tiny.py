@@ -53,7 +53,10 @@ INFILLING = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 
 
 def random_weights(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Full tensors under canonical names; wide enough that greedy tokens are not ties, norms away from 1."""
+    """Full tensors under canonical names; wide enough that greedy tokens are not ties, norms away from 1.
+
+    Where the output is the embedding, what the layers add is larger, or each token would be followed by itself.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in tensor_shapes(args).items():
@@ -61,7 +64,8 @@ def random_weights(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.fl
         if shard_dim(name) is None:
             weights[name] = (1 - args.norm_offset + 0.1 * values).to(dtype)
         else:
-            weights[name] = (values * 1.5 * shape[-1] ** -0.5).to(dtype)
+            size = 6.0 if args.tied_output and name.endswith(("wo.weight", "w2.weight")) else 1.5
+            weights[name] = (values * size * shape[-1] ** -0.5).to(dtype)
     return weights
 
 
