@@ -1,4 +1,4 @@
-"""CodeGemma's architecture: what transformers saved, and the same weights as GGUF, on any number of processes."""
+"""CodeGemma's architecture: what transformers saved, and the same weights as GGUF, in memory as planned."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from codellama import Llama
 from codellama.checkpoint import Checkpoint, load_model, open_checkpoint, tensor_shapes
 from codellama.checkpoint.convert import convert
 from codellama.checkpoint.huggingface import WEIGHTS
@@ -24,14 +23,12 @@ from codellama.model import RMSNorm, Transformer
 from codellama.parallel import Parallel
 from codellama.quantization import Quantization
 from tests.support import tiny
-from tests.support.distributed import run_ranks
 from tests.support.gguf import write_gguf
 from tests.support.oracle import oracle_logits
 from tests.support.peers import transformers_gemma
 
 CPU = torch.device("cpu")
 IDS = torch.randint(tiny.VOCAB, (1, 40), generator=torch.Generator().manual_seed(0))
-PROMPTS = [[1, 5, 9, 30], [1, *range(3, 60)]]
 PARTS = ("one of four", "four of four")
 
 
@@ -123,24 +120,6 @@ def test_a_gguf_in_blocks_answers_nearly_the_same(tmp_path: Path, files: dict[st
     expected = logits(loaded(open_checkpoint(files["one of four"])))
     difference = (logits(loaded(open_checkpoint(path))) - expected).abs().max() / expected.std()
     assert 1e-4 < difference < 0.5
-
-
-def greedy(folders: list[Path]) -> list[Any]:
-    """What one rank generates from every checkpoint."""
-    found = []
-    for folder in folders:
-        llama = Llama.build(folder, max_seq_len=96, max_batch_size=2, dtype="float32", device="cpu")
-        found.append(llama.generate(PROMPTS, 10, temperature=0))
-    return found
-
-
-def test_ranks_generate_the_same_tokens(saved: dict[str, Path], files: dict[str, Path]) -> None:
-    folders = [files["one of four"], saved["four of four"]]
-    expected = greedy(folders)
-    assert all(len(set(ids)) > 5 for tokens, _ in expected for ids in tokens)  # not one token over and over
-    for size in (2, 4):
-        for found in run_ranks(size, greedy, folders):
-            assert found == expected
 
 
 @pytest.mark.parametrize(("quantize", "limit"), [("int8", 0.05), ("int4", 0.5)])
