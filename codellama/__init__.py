@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from codellama.command import run_command
-    from codellama.config import Grammar, ModelArgs, RuntimeArgs, SamplingParams
+    from codellama.config import ModelArgs, RuntimeArgs, SamplingParams
     from codellama.errors import (
         CheckpointError,
         CodeLlamaError,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         RankError,
         SafetyError,
     )
+    from codellama.grammar import Grammar
     from codellama.llama import Llama
     from codellama.model import Transformer
     from codellama.prompt_file import read_prompt, split_prompt
@@ -65,8 +66,9 @@ __all__ = [
 
 _HOMES = {
     "codellama.command": ("run_command",),
-    "codellama.config": ("Grammar", "ModelArgs", "RuntimeArgs", "SamplingParams"),
+    "codellama.config": ("ModelArgs", "RuntimeArgs", "SamplingParams"),
     "codellama.errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "codellama.grammar": ("Grammar",),
     "codellama.llama": ("Llama",),
     "codellama.model": ("Transformer",),
     "codellama.prompt_file": ("read_prompt", "split_prompt"),

@@ -3,7 +3,6 @@
 This module knows nothing of files, tensors or torch.
 """
 
-import json
 import math
 import numbers
 import sys
@@ -11,28 +10,38 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from codellama.errors import CheckpointError, GrammarError, shown
+from codellama.errors import CheckpointError, shown
+from codellama.grammar import Grammar
 
 LogitsProcessor = Callable[[Sequence[int], Any], Any]
 """(token ids so far, float32 logits [vocab_size]) → logits of the same shape."""
 
 _LARGEST_SIZE = 2**31 - 1
-_LARGEST_GRAMMAR = 64 * 1024  # bytes
 _LARGEST_NUMBER = 1e12  # of rope_theta and the like: far above any real one, and products of sizes stay finite
+
+BEYOND_PARAMS = ("head_dim", "activation", "norm_offset", "embedding_scale", "tied_output")
+"""Fields of ModelArgs that Meta's params.json has no key for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """The architecture of a checkpoint, in the words of its params.json.
+    """The architecture of a checkpoint, in the words of Meta's params.json, and of what that has no words for.
+
+    The last five say in what models with Llama's block differ from it. Their defaults are Llama's.
 
     Attributes:
         n_kv_heads: key/value heads; None means n_heads (multi-head attention).
         multiple_of: the feed-forward size is rounded up to a multiple of this.
         ffn_dim_multiplier: widens the feed-forward layer before rounding; None means 1.
         rope_theta: base of the rotary frequencies. No default: 10,000 in place of 1,000,000 breaks a model silently.
+        head_dim: size of one attention head; None means dim / n_heads.
+        activation: of the feed-forward gate: "silu", or "gelu_tanh" (GELU by its approximation with tanh).
+        norm_offset: a norm scales by offset + weight, 0 or 1; with 1 in float32, before it rounds.
+        embedding_scale: what embeddings are multiplied by, rounded to their own dtype; None is nothing.
+        tied_output: the output has the weights of the embedding, and a checkpoint holds them once.
 
     Raises:
-        CheckpointError: a size is not positive, or the sizes do not divide.
+        CheckpointError: a size is not positive, the sizes do not divide, or another value is not among those above.
     """
 
     dim: int
@@ -44,6 +53,11 @@ class ModelArgs:
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
+    head_dim: int = None  # type: ignore[assignment]  # an int from the construction on
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norm_offset: int = 0
+    embedding_scale: float | None = None
+    tied_output: bool = False
 
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
@@ -51,21 +65,31 @@ class ModelArgs:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"):
             value = getattr(self, name)
             _check_size(name, value)
-        for name in ("rope_theta", "norm_eps", "ffn_dim_multiplier"):
+        for name in ("rope_theta", "norm_eps", "ffn_dim_multiplier", "embedding_scale"):
             value = getattr(self, name)
-            if value is None and name == "ffn_dim_multiplier":
+            if value is None and name in ("ffn_dim_multiplier", "embedding_scale"):
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= _LARGEST_NUMBER:
                 raise CheckpointError(f"{name} is {shown(value)}; a positive number up to 1e12 was expected")
-        if self.dim % self.n_heads or self.head_dim % 2:
-            raise CheckpointError(f"dim {self.dim} does not split into {self.n_heads} heads of an even size")
+        if self.head_dim is None:
+            if self.dim % (2 * self.n_heads):
+                raise CheckpointError(f"dim {self.dim} does not split into {self.n_heads} heads of an even size")
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        _check_size("head_dim", self.head_dim)
+        if self.head_dim % 2:
+            raise CheckpointError(f"head_dim is {self.head_dim}; rotary positions turn pairs, so it must be even")
         if self.n_heads % self.kv_heads:
             raise CheckpointError(f"{self.n_heads} query heads cannot share {self.kv_heads} key/value heads evenly")
+        for name, values in (("activation", ("silu", "gelu_tanh")), ("norm_offset", (0, 1))):
+            if getattr(self, name) not in values:
+                raise CheckpointError(f"{name} is {shown(getattr(self, name))}; one of {values} was expected")
+        if not isinstance(self.tied_output, bool):
+            raise CheckpointError(f"tied_output is {shown(self.tied_output)}; True or False was expected")
 
     @property
-    def head_dim(self) -> int:
-        """Size of one attention head."""
-        return self.dim // self.n_heads
+    def heads_dim(self) -> int:
+        """Width of all query heads together: the rows of wq and the columns of wo."""
+        return self.n_heads * self.head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -77,6 +101,12 @@ class ModelArgs:
     def hidden_dim(self) -> int:
         """Width of the feed-forward layer: 2/3 of 4·dim, widened, rounded up. Source: Llama 2's params.json."""
         return _hidden_dim(self.dim, self.multiple_of, self.ffn_dim_multiplier)
+
+    @property
+    def beyond_params(self) -> dict[str, object]:
+        """What a params.json cannot say of this model."""
+        without = {field.name: field.default for field in fields(self)} | {"head_dim": self.dim / self.n_heads}
+        return {name: getattr(self, name) for name in BEYOND_PARAMS if getattr(self, name) != without[name]}
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any], *, vocab_size: int, rope_theta: float | None = None) -> "ModelArgs":
@@ -90,7 +120,7 @@ class ModelArgs:
         Raises:
                 CheckpointError: an unknown or missing key, a bad value, no rope_theta from either side, or two.
         """
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)} - {*BEYOND_PARAMS}
         unknown = sorted(set(params) - known)
         if unknown:
             raise CheckpointError(
@@ -176,69 +206,6 @@ class RuntimeArgs:
             object.__setattr__(self, name, _integer(name, getattr(self, name), 1))
         if self.cache_dtype not in (None, "int8"):
             raise ValueError(f"cache_dtype is {self.cache_dtype!r}; 'int8' was expected, or None for the model's own")
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """What form a generated text must have; make it with one of the methods below.
-
-    Attributes:
-        kind: how source is to be read.
-        source: a JSON schema that is an object, a regular expression of Rust's syntax, or llguidance's Lark.
-    """
-
-    kind: Literal["json_schema", "regex", "lark"]
-    source: str
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("json_schema", "regex", "lark"):
-            raise ValueError(f"kind is {self.kind!r}; json_schema, regex or lark was expected")
-        if not isinstance(self.source, str):
-            raise TypeError(f"a grammar is {self.source!r}; a string was expected")
-        try:
-            size = len(self.source.encode())
-        except UnicodeEncodeError as error:
-            raise GrammarError("the grammar holds a lone surrogate; it is not valid Unicode") from error
-        if size > _LARGEST_GRAMMAR:
-            raise GrammarError(f"the grammar has {size} bytes; at most {_LARGEST_GRAMMAR} are possible")
-        if self.kind == "json_schema":
-            try:
-                schema = json.loads(self.source)
-            except (ValueError, RecursionError) as error:
-                raise GrammarError(f"the JSON schema is not JSON that can be read: {error}") from error
-            if not isinstance(schema, dict):
-                raise GrammarError(f"the JSON schema is {shown(schema)}; an object was expected")
-
-    @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | bool) -> "Grammar":
-        """JSON that a schema describes; True is any JSON.
-
-        Raises:
-            GrammarError: it cannot be written as JSON, or is too large.
-            TypeError: it is no object.
-        """
-        if not isinstance(schema, Mapping | bool):
-            raise TypeError(f"a JSON schema is {shown(schema)}; an object was expected")
-        try:
-            source = json.dumps({} if schema is True else schema, allow_nan=False, separators=(",", ":"))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise GrammarError(f"the JSON schema cannot be written as JSON: {error}") from error
-        return cls("json_schema", source)
-
-    @classmethod
-    def json_object(cls) -> "Grammar":
-        """Any JSON object."""
-        return cls.json_schema({"type": "object"})
-
-    @classmethod
-    def regex(cls, pattern: str) -> "Grammar":
-        """A text that a regular expression matches as a whole. It has no look-around and no references back."""
-        return cls("regex", pattern)
-
-    @classmethod
-    def lark(cls, text: str) -> "Grammar":
-        """A text of a context-free grammar, in llguidance's dialect of Lark."""
-        return cls("lark", text)
 
 
 _RANGES = (

@@ -58,9 +58,11 @@ class Budget:
         def matrix(rows: int, columns: int) -> int:
             return self.quantization.nbytes(rows, columns) if self.quantization else rows * columns * held
 
-        layer = matrix(dim // size + 2 * self._kv_dim, dim) + matrix(dim, dim // size)
+        layer = matrix(self._heads_dim + 2 * self._kv_dim, dim) + matrix(dim, self._heads_dim)
         layer += matrix(2 * hidden, dim) + matrix(dim, hidden)
-        ends = matrix(args.vocab_size // size, dim) + args.vocab_size * dim // size * held
+        ends = args.vocab_size * dim // size * held
+        if not args.tied_output or size > 1 or self.quantization or held != self.itemsize:  # else one matrix is both
+            ends += matrix(args.vocab_size // size, dim)
         return args.n_layers * layer + ends + (2 * args.n_layers + 1) * dim * self.itemsize
 
     @property
@@ -132,19 +134,22 @@ class Budget:
         )
 
     @property
+    def _heads_dim(self) -> int:
+        return self.args.heads_dim // self.size
+
+    @property
     def _kv_dim(self) -> int:
         return max(1, self.args.kv_heads // self.size) * self.args.head_dim
 
     def _merge_bytes(self, chunk: int) -> int:
         """Attention of a chunk to what comes before it: queries, two parts of the result, and their merge."""
-        heads = self.args.dim // self.size
-        return min(chunk, QUERY_TILE) * heads * (3 * self.itemsize + 3 * 4)
+        return min(chunk, QUERY_TILE) * self._heads_dim * (3 * self.itemsize + 3 * 4)
 
     def _attention_bytes(self) -> int:
         """One token of a chunk while it attends: the stream and its norm, its turns, projections, the result."""
-        heads = self.args.dim // self.size
+        width = self.args.dim + self._heads_dim + self._kv_dim
         codes = 0 if self.runtime.cache_dtype is None else 16 * self._kv_dim  # float32 copies, written and read
-        return 12 * self.args.head_dim + 2 * (self.args.dim + heads + self._kv_dim) * self.itemsize + codes
+        return 12 * self.args.head_dim + 2 * width * self.itemsize + codes
 
     def _token_bytes(self) -> int:
         """Intermediate results for one token of a chunk: the largest of what a block holds at once."""

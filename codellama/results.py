@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
-from codellama.config import Grammar, LogitsProcessor, SamplingParams
+from codellama.config import LogitsProcessor, SamplingParams
 from codellama.errors import PromptError, shown
 from codellama.generation.prompt import Prompt
 from codellama.generation.request import Completion, FinishReason
+from codellama.grammar import Grammar
 from codellama.tokenizer import Tokenizer
 
 T = TypeVar("T")

@@ -12,6 +12,7 @@ TORCH_FREE = (
     "codellama",
     "codellama.errors",
     "codellama.config",
+    "codellama.grammar",
     "codellama.flags",
     "codellama.command",
     "codellama.prompt_file",

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from codellama.checkpoint.gguf import GGUFCheckpoint
 from codellama.checkpoint.huggingface import HuggingFaceCheckpoint
 from codellama.checkpoint.huggingface_writer import write_huggingface
-from codellama.checkpoint.layout import Checkpoint, rank_inputs, tensor_shapes
+from codellama.checkpoint.layout import EMBEDDING, OUTPUT, Checkpoint, rank_inputs, tensor_shapes
 from codellama.checkpoint.loading import Loading
 from codellama.checkpoint.meta import MetaCheckpoint
 from codellama.checkpoint.meta_writer import write_meta
@@ -152,13 +152,16 @@ def load_model(
     """
     model = Transformer(checkpoint.args, parallel)
     parameters = dict(model.named_parameters())
-    assert parameters.keys() == set(checkpoint.names()), "the model's names are the canonical names"
+    own = parameters.keys() - ({OUTPUT} if checkpoint.args.tied_output else set())
+    assert own == set(checkpoint.names()), "the model's names are the canonical names"
     quantization = choose_quantization(checkpoint, quantization)
     if quantization is not None:
         quantization.check(rank_inputs(checkpoint.args, parallel.size))
-    total = sum(parameter.numel() for parameter in parameters.values()) * dtype.itemsize
     loading = Loading(checkpoint, model, parallel, device, dtype, quantization)
+    parameters.setdefault(OUTPUT, parameters[EMBEDDING])  # which a tied output of one rank is made of
+    sizes = {name: parameters[name].numel() * dtype.itemsize for name in loading.names}
+    total = sum(sizes.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress) as bar:
-        for name in loading.run(list(parameters)):
-            bar.update(parameters[name].numel() * dtype.itemsize)
+        for name in loading.run():
+            bar.update(sizes[name])
     return model.eval()

@@ -86,7 +86,8 @@ def convert(
     if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
         raise CheckpointError(f"{target} is inside of {source}, which is only read: name a folder outside of it")
     checkpoint = open_checkpoint(source, tokenizer_path, rope_theta, checkpoint_format=checkpoint_format)
-    check_shards(checkpoint.args, model_parallel_size)
+    if format == "meta":
+        check_shards(checkpoint.args, model_parallel_size)
     if format == "huggingface" and kind is None:
         kind = _common_dtype(checkpoint)
     if quantization is not None:

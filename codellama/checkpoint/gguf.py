@@ -1,15 +1,17 @@
-"""Checkpoints in llama.cpp's GGUF: one file that holds weights, architecture and tokenizer; architecture `llama`.
+"""Checkpoints in llama.cpp's GGUF: one file that holds weights, architecture and tokenizer.
 
 It knows nothing of how many ranks run: `read` gives any part of a full tensor, reading only the bytes that hold it.
-Rows of attn_q and attn_k are in the order of Meta's, adjacent pairs, so no weight is moved. Sources: docs/gguf.md of
-ggml; the table of tensor names and the loader of architecture llama in llama.cpp.
+Architecture `llama` stores what Meta does: rows of attn_q and attn_k as adjacent pairs, norms as they multiply. `gemma`
+has those rows as two halves, and norms with the 1 that they are added to; here they are without it. Sources:
+docs/gguf.md of ggml; the table of tensor names, the loaders and the converter of these architectures in llama.cpp.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ from codellama.checkpoint.faults import some
 from codellama.checkpoint.gguf_blocks import check_package, read_part
 from codellama.checkpoint.gguf_header import MAGIC, Header, StoredTensor, read_header
 from codellama.checkpoint.gguf_vocabulary import build_sentencepiece
-from codellama.checkpoint.layout import PlainNumbers, tensor_shapes
+from codellama.checkpoint.head_rows import needs_pairs, read_pairs
+from codellama.checkpoint.layout import EMBEDDING, OUTPUT, PlainNumbers, tensor_shapes
 from codellama.config import ModelArgs, choose_rope_theta, feed_forward_params
 from codellama.errors import CheckpointError, shown
 from codellama.tokenizer import Tokenizer
@@ -42,24 +45,29 @@ NAMES = {
 ROPE_FREQS = "rope_freqs.weight"
 """Divides the rotary frequencies. Ones change nothing; other values are a way of scaling them."""
 
+ARCHITECTURES = ("llama", "gemma")
+"""Values of general.architecture, with which the keys below begin."""
+
 SIZES = {
-    "dim": "llama.embedding_length",
-    "n_layers": "llama.block_count",
-    "n_heads": "llama.attention.head_count",
-    "n_kv_heads": "llama.attention.head_count_kv",
-    "hidden_dim": "llama.feed_forward_length",
-    "vocab_size": "llama.vocab_size",
+    "dim": "embedding_length",
+    "n_layers": "block_count",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "hidden_dim": "feed_forward_length",
+    "vocab_size": "vocab_size",
 }
 """Sizes of the architecture. The last may be missing, and the fourth means n_heads then."""
 
-NORM_EPS = "llama.attention.layer_norm_rms_epsilon"
-ROPE_THETA = "llama.rope.freq_base"
-HEAD_SIZES = ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length")
-"""May be missing; else each must be dim / n_heads."""
-ROPE_SCALING = "llama.rope.scaling."
-NONE_OF = ("llama.expert_count", "llama.expert_used_count")
+NORM_EPS = "attention.layer_norm_rms_epsilon"
+ROPE_THETA = "rope.freq_base"
+HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+"""Of `llama` they may be missing, and are dim / n_heads; of `gemma` the first must be there, and the others are it."""
+GEMMA_ROPE_THETA = 10_000.0
+"""Of a `gemma` file without the key: its converter writes none, as every model of the architecture has this one."""
+ROPE_SCALING = "rope.scaling."
+NONE_OF = ("expert_count", "expert_used_count")
 """May be missing; else 0."""
-UNUSED = ("llama.context_length", "llama.tensor_data_layout")
+UNUSED = ("context_length", "tensor_data_layout")
 """Describe the training and the history of the file; nothing here depends on them."""
 
 
@@ -77,14 +85,14 @@ class GGUFCheckpoint(PlainNumbers):
         """
         self._path = find_file(path)
         header = read_header(self._path)
-        _check_metadata(header)
+        architecture = _check_metadata(header)
+        self._gemma = architecture == "gemma"
         self._stored = {name: tensor for name, tensor in header.tensors.items() if name != ROPE_FREQS}
-        self.args = _read_args(header, rope_theta)
+        self.args = _read_args(header, architecture, rope_theta)
         self._shapes = tensor_shapes(self.args)
         self._theirs = {name: gguf_name(name) for name in self._shapes}
-        tied = self._theirs["output.weight"] not in self._stored
-        if tied:
-            self._theirs["output.weight"] = self._theirs["tok_embeddings.weight"]
+        if OUTPUT in self._theirs and self._theirs[OUTPUT] not in self._stored:
+            self._theirs[OUTPUT] = self._theirs[EMBEDDING]
         self._check()
         check_package({tensor.block.name for tensor in header.tensors.values()})
         if ROPE_FREQS in header.tensors:
@@ -129,8 +137,12 @@ class GGUFCheckpoint(PlainNumbers):
         spans = [(0, extent) for extent in stored.shape]
         if dim is not None:
             spans[dim] = (start, stored.shape[dim] if stop is None else stop)
-        part = self._read(stored, spans)
-        return part if len(spans) == 2 else part[0]
+        if len(spans) == 1:
+            vector = self._read(stored, spans)[0]
+            return vector - 1 if self._gemma else vector
+        if self._gemma and needs_pairs(name):
+            return read_pairs(partial(self._read, stored), spans, self.args.head_dim)
+        return self._read(stored, spans)
 
     def _read(self, stored: StoredTensor, spans: list[tuple[int, int]]) -> Tensor:
         """Read a part as a matrix; a vector is one row."""
@@ -206,68 +218,87 @@ def _begins_as_gguf(path: Path) -> bool:
         return False
 
 
-def _check_metadata(header: Header) -> None:
-    """Refuse what this package does not compute, by name: another architecture, scaling, experts, unknown keys."""
+def _check_metadata(header: Header) -> str:
+    """Refuse what this package does not compute, by name: another architecture, scaling, experts, unknown keys.
+
+    Returns:
+        The architecture, one of ARCHITECTURES.
+    """
     where = header.path
     architecture = header.text("general.architecture")
-    if architecture != "llama":
+    if architecture not in ARCHITECTURES:
         found = "no architecture" if architecture is None else f"the architecture {shown(architecture)}"
-        raise CheckpointError(f"{where} has {found}; llama was expected")
+        raise CheckpointError(f"{where} has {found}; {' or '.join(ARCHITECTURES)} was expected")
+    own = f"{architecture}."
     parts = header.find("split.count", int)
     if parts is not None and parts > 1:
         raise CheckpointError(
             f"{where} is one of {parts} parts of a split GGUF file: join them with `llama-gguf-split --merge`"
         )
-    scaling = [key for key in header.values if key.startswith(ROPE_SCALING)]
-    if scaling and header.text(f"{ROPE_SCALING}type") != "none":
+    scaling = [key for key in header.values if key.startswith(own + ROPE_SCALING)]
+    if scaling and header.text(f"{own}{ROPE_SCALING}type") != "none":
         listed = some([f"{shown(key)} = {header.spell(key)}" for key in scaling])
         raise CheckpointError(f"{where} scales its rotary frequencies ({listed}); this package does not compute that")
-    for key in NONE_OF:
+    for key in (own + name for name in NONE_OF):
         if header.find(key, int) not in (None, 0):
             raise CheckpointError(f"{where} has {key} = {header.spell(key)}: mixtures of experts are not Code Llama")
-    known = {*SIZES.values(), NORM_EPS, ROPE_THETA, *HEAD_SIZES, *NONE_OF, *UNUSED, *scaling}
-    unknown = sorted(shown(key) for key in header.values if key.startswith("llama.") and key not in known)
+    names = {*SIZES.values(), NORM_EPS, ROPE_THETA, *HEAD_SIZES, *NONE_OF, *UNUSED}
+    known = {*(own + name for name in names), *scaling}
+    unknown = sorted(shown(key) for key in header.values if key.startswith(own) and key not in known)
     if unknown:
         raise CheckpointError(
             f"{where} has keys that this package does not know: {some(unknown)}. They may describe another architecture"
         )
+    return architecture
 
 
-def _read_args(header: Header, rope_theta: float | None) -> ModelArgs:
+def _read_args(header: Header, architecture: str, rope_theta: float | None) -> ModelArgs:
     """Take the architecture from the metadata; nothing is as large as a size says before the tensors agree."""
-    where = header.path
-    sizes = {field: header.find(key, int) for field, key in SIZES.items()}
+    where, own, gemma = header.path, f"{architecture}.", architecture == "gemma"
+    sizes = {field: header.find(own + key, int) for field, key in SIZES.items()}
+    if gemma:
+        sizes["head_dim"] = header.find(own + HEAD_SIZES[0], int)
     embedding = header.tensors.get("token_embd.weight")
     if sizes["vocab_size"] is None and embedding is not None:
         sizes["vocab_size"] = embedding.shape[0]
     if sizes["n_kv_heads"] is None:
         sizes["n_kv_heads"] = sizes["n_heads"]
-    checked = {}
+    checked: dict[str, Any] = {}
     for field, size in sizes.items():
+        key = own + SIZES.get(field, HEAD_SIZES[0])
         if size is None:
-            raise CheckpointError(f"{where} lacks {SIZES[field]}")
+            raise CheckpointError(f"{where} lacks {key}")
         if not 0 < size < 2**31:
-            raise CheckpointError(f"{where}: {SIZES[field]} is {size}; a positive integer below 2**31 was expected")
+            raise CheckpointError(f"{where}: {key} is {size}; a positive integer below 2**31 was expected")
         checked[field] = size
     if checked["n_layers"] > len(header.tensors):
         raise CheckpointError(
-            f"{where}: {SIZES['n_layers']} is {checked['n_layers']}, but the file holds {len(header.tensors)} tensors"
+            f"{where}: {own}{SIZES['n_layers']} is {checked['n_layers']}, but the file holds "
+            f"{len(header.tensors)} tensors"
         )
-    norm_eps = header.find(NORM_EPS, float)
+    norm_eps = header.find(own + NORM_EPS, float)
     if norm_eps is None:
-        raise CheckpointError(f"{where} lacks {NORM_EPS}")
+        raise CheckpointError(f"{where} lacks {own}{NORM_EPS}")
     multiple_of, multiplier = feed_forward_params(checked["dim"], checked.pop("hidden_dim"))
-    theta = choose_rope_theta(header.find(ROPE_THETA, float), rope_theta, str(where))
+    theta = header.find(own + ROPE_THETA, float)
+    if theta is None and rope_theta is None and gemma:
+        theta = GEMMA_ROPE_THETA
+    if gemma:
+        checked |= {"activation": "gelu_tanh", "norm_offset": 1, "tied_output": True}
+        checked["embedding_scale"] = math.sqrt(checked["dim"])
     try:
         args = ModelArgs(
-            **checked, multiple_of=multiple_of, ffn_dim_multiplier=multiplier, norm_eps=norm_eps, rope_theta=theta
+            **checked,
+            multiple_of=multiple_of,
+            ffn_dim_multiplier=multiplier,
+            norm_eps=norm_eps,
+            rope_theta=choose_rope_theta(theta, rope_theta, str(where)),
         )
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    for key in HEAD_SIZES:
+    reason = f"as {own}{HEAD_SIZES[0]} is" if gemma else f"{args.dim} over {args.n_heads} heads"
+    for key in (own + name for name in HEAD_SIZES):
         size = header.find(key, int)
         if size not in (None, args.head_dim):
-            raise CheckpointError(
-                f"{where}: {key} is {size}; {args.head_dim} was expected, {args.dim} over {args.n_heads} heads"
-            )
+            raise CheckpointError(f"{where}: {key} is {size}; {args.head_dim} was expected, {reason}")
     return args

@@ -1,7 +1,7 @@
 """Checkpoints in Hugging Face's layout: config.json and safetensors, one file or several with an index.
 
 It knows nothing of ranks: `read` gives any part of a full tensor, whatever the files. Source: transformers'
-modeling_llama.py, and its convert_llama_weights_to_hf.py for the order of the rows of queries and keys.
+modeling_llama.py and modeling_gemma.py, whose names and order of rows are the same.
 """
 
 import re
@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from codellama.checkpoint.faults import read_json, some, vocabulary_hint
+from codellama.checkpoint.head_rows import needs_pairs, read_pairs
 from codellama.checkpoint.huggingface_config import args_from_config
-from codellama.checkpoint.layout import PlainNumbers, place_for, tensor_shapes
+from codellama.checkpoint.layout import EMBEDDING, OUTPUT, PlainNumbers, place_for, tensor_shapes
 from codellama.checkpoint.piece_names import open_with_names
 from codellama.checkpoint.safetensors_header import Entry, read_header
 from codellama.errors import CheckpointError, shown
@@ -69,8 +69,8 @@ class HuggingFaceCheckpoint(PlainNumbers):
             raise CheckpointError(f"{config} asks for {self.args.n_layers} layers, but there are {len(found)} tensors")
         self._shapes = tensor_shapes(self.args)
         self._names = {name: huggingface_name(name) for name in self._shapes}
-        if tied and self._names["output.weight"] not in found:
-            self._names["output.weight"] = self._names["tok_embeddings.weight"]
+        if tied and OUTPUT in self._names and self._names[OUTPUT] not in found:
+            self._names[OUTPUT] = self._names[EMBEDDING]
         self._check(folder, {name: entry for name, (_, entry) in found.items()})
         self._paths = {name: found[theirs][0] for name, theirs in self._names.items()}
 
@@ -117,13 +117,7 @@ class HuggingFaceCheckpoint(PlainNumbers):
         if not needs_pairs(name):
             view = self._view(name, spans)
             return place_for(view.shape, view.dtype, out).copy_(view)
-        # A row of a head stands elsewhere in the same head, so whole heads are read and cut afterwards.
-        size, (first, last) = self.args.head_dim, spans[0]
-        begin = first - first % size
-        spans[0] = (begin, last + -last % size)
-        rows = interleave_halves(self._view(name, spans), size)
-        part = rows[first - begin : last - begin]
-        return part if part.shape == rows.shape else part.clone()
+        return read_pairs(partial(self._view, name), spans, self.args.head_dim)
 
     def _view(self, name: str, spans: list[tuple[int, int]]) -> Tensor:
         """Map the file and cut; the map, and the pages that were read, go when the view goes."""
@@ -157,37 +151,6 @@ def huggingface_name(name: str) -> str:
     """Translate a canonical name."""
     layer = _LAYER.search(name)
     return NAMES[_LAYER.sub("N", name)].replace("N", layer[0]) if layer else NAMES[name]
-
-
-def needs_pairs(name: str) -> bool:
-    """Say whether the rows of this tensor stand in another order in the files: queries and keys, which are rotated."""
-    return name.endswith((".attention.wq.weight", ".attention.wk.weight"))
-
-
-def interleave_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """Copy rows of whole heads from two halves to adjacent pairs: row i of half j becomes row 2i + j of its head.
-
-    Args:
-        rows: [heads · head_dim, columns], as in Hugging Face's files.
-        head_dim: rows of a head.
-
-    Returns:
-        The same shape, as in Meta's files.
-    """
-    return _swap(rows, 2, head_dim // 2)
-
-
-def split_pairs(rows: Tensor, head_dim: int) -> Tensor:
-    """Copy rows of whole heads from adjacent pairs to two halves; the inverse of `interleave_halves`."""
-    return _swap(rows, head_dim // 2, 2)
-
-
-def _swap(rows: Tensor, outer: int, inner: int) -> Tensor:
-    copy = torch.empty(rows.shape, dtype=rows.dtype)
-    heads, columns = rows.shape[0] // (outer * inner), rows.shape[1]
-    groups = rows.view(heads, outer, inner, columns)
-    copy.view(heads, inner, outer, columns).copy_(groups.transpose(1, 2))
-    return copy
 
 
 def _open_tokenizer(folder: Path, tokenizer_path: Path | None) -> Tokenizer:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from codellama.checkpoint.buffers import memory_of
-from codellama.checkpoint.huggingface import INDEX, WEIGHTS, huggingface_name, needs_pairs, split_pairs
+from codellama.checkpoint.head_rows import needs_pairs, split_pairs
+from codellama.checkpoint.huggingface import INDEX, WEIGHTS, huggingface_name
 from codellama.checkpoint.huggingface_config import config_from_args
 from codellama.checkpoint.layout import tensor_shapes
 from codellama.checkpoint.safetensors_header import DTYPES, header_bytes, place_tensors
@@ -27,7 +28,7 @@ def write_huggingface(
     tokenizer: bytes,
     dtype: torch.dtype,
     max_file_bytes: float = 5e9,
-    max_position_embeddings: int = 16_384,
+    max_position_embeddings: int | None = None,
 ) -> None:
     """Write full tensors as a folder in Hugging Face's layout, holding about one of them in memory.
 
@@ -40,18 +41,20 @@ def write_huggingface(
         tokenizer: content of tokenizer.model.
         dtype: what the tensors are converted to: bfloat16, float16 or float32.
         max_file_bytes: a file holds at most so many bytes of data, but at least one tensor.
-        max_position_embeddings: the trained context, in tokens; advice to programs that ask for a limit.
+        max_position_embeddings: the trained context, in tokens; advice to programs that ask for a limit. None means
+            that of the published models: 16,384 of Code Llama, 8,192 of CodeGemma.
 
     Raises:
+        CheckpointError: no config.json of the layout's describes the architecture.
         ValueError: a dtype that is none of the three.
     """
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; {', '.join(map(str, DTYPES.values()))} can be written")
     words = Tokenizer.from_bytes(tokenizer, "the tokenizer")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(tokenizer)
     name_of_dtype = str(dtype).removeprefix("torch.")
     config = config_from_args(args, name_of_dtype, words.bos_id, words.eos_id, max_position_embeddings)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(tokenizer)
     _write_json(folder / "config.json", config)
 
     parts = _divide(tensor_shapes(args), dtype, max_file_bytes)

@@ -33,6 +33,10 @@ SHARD_DIM: dict[str, int | None] = {
 """Axis along which ranks, and the files of a Meta checkpoint, split a tensor; None where each holds a copy."""
 
 
+EMBEDDING = "tok_embeddings.weight"
+OUTPUT = "output.weight"
+
+
 class Checkpoint(Protocol):
     """Read access to weights as full tensors under canonical names, slice by slice.
 
@@ -116,23 +120,29 @@ def shard_dim(name: str) -> int | None:
     return SHARD_DIM[name.split(".")[-2]]
 
 
+def stored_name(name: str, args: ModelArgs) -> str:
+    """Canonical name of the tensor that a weight of a model is read from: a tied output is the embedding."""
+    return EMBEDDING if name == OUTPUT and args.tied_output else name
+
+
 def tensor_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Names and full shapes of every tensor of a model, in the order of its layers."""
+    """Names and full shapes of every tensor of a checkpoint, in the order of its layers; a tied output is none."""
     kv_dim = args.kv_heads * args.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (args.vocab_size, args.dim)}
     for layer in range(args.n_layers):
         prefix = f"layers.{layer}"
-        shapes[f"{prefix}.attention.wq.weight"] = (args.dim, args.dim)
+        shapes[f"{prefix}.attention.wq.weight"] = (args.heads_dim, args.dim)
         shapes[f"{prefix}.attention.wk.weight"] = (kv_dim, args.dim)
         shapes[f"{prefix}.attention.wv.weight"] = (kv_dim, args.dim)
-        shapes[f"{prefix}.attention.wo.weight"] = (args.dim, args.dim)
+        shapes[f"{prefix}.attention.wo.weight"] = (args.dim, args.heads_dim)
         shapes[f"{prefix}.feed_forward.w1.weight"] = (args.hidden_dim, args.dim)
         shapes[f"{prefix}.feed_forward.w2.weight"] = (args.dim, args.hidden_dim)
         shapes[f"{prefix}.feed_forward.w3.weight"] = (args.hidden_dim, args.dim)
         shapes[f"{prefix}.attention_norm.weight"] = (args.dim,)
         shapes[f"{prefix}.ffn_norm.weight"] = (args.dim,)
     shapes["norm.weight"] = (args.dim,)
-    shapes["output.weight"] = (args.vocab_size, args.dim)
+    if not args.tied_output:
+        shapes[OUTPUT] = (args.vocab_size, args.dim)
     return shapes
 
 
@@ -150,13 +160,13 @@ def rank_span(name: str, args: ModelArgs, rank: int, size: int) -> tuple[int, in
     if name.split(".")[-2] in ("wk", "wv") and size > args.kv_heads:
         head = rank * args.kv_heads // size
         return dim, head * args.head_dim, (head + 1) * args.head_dim
-    share = tensor_shapes(args)[name][dim] // size
+    share = tensor_shapes(args)[stored_name(name, args)][dim] // size
     return dim, rank * share, (rank + 1) * share
 
 
 def rank_inputs(args: ModelArgs, size: int) -> dict[str, int]:
     """Say how many input features a rank holds of each kind of matrix."""
-    shapes = tensor_shapes(replace(args, n_layers=1))
+    shapes = tensor_shapes(replace(args, n_layers=1, tied_output=False))
     inputs = {name.split(".")[-2]: shape[1] for name, shape in shapes.items() if len(shape) == 2}
     del inputs["tok_embeddings"]
     return {kind: count // size if SHARD_DIM[kind] == 1 else count for kind, count in inputs.items()}

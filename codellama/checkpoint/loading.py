@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from codellama.checkpoint.layout import Checkpoint, rank_span, row_pieces, shard_dim
+from codellama.checkpoint.layout import EMBEDDING, OUTPUT, Checkpoint, rank_span, row_pieces, shard_dim, stored_name
 from codellama.device import compute_dtype
 from codellama.errors import CheckpointError
 from codellama.layers import Held
@@ -50,7 +50,11 @@ class _Group:
 
 
 class Loading:
-    """Fills one model from one checkpoint; the arguments are those of `load_model`."""
+    """Fills one model from one checkpoint; the arguments are those of `load_model`.
+
+    Attributes:
+        names: the weights to load, in order. A tied output is none where one matrix can be the embedding, too.
+    """
 
     def __init__(
         self,
@@ -68,21 +72,25 @@ class Loading:
         self._dtype = dtype
         self._compute = compute_dtype(dtype, device)
         self._quantization = quantization
-        self._spans = {
-            name: rank_span(name, checkpoint.args, parallel.rank, parallel.size) for name in checkpoint.names()
-        }
+        args = checkpoint.args
+        plain = quantization is None and dtype == self._compute
+        one = args.tied_output and parallel.size == 1 and plain  # matrix, which is the embedding and the output
+        self.names = [*checkpoint.names(), *([OUTPUT] if args.tied_output and not one else [])]
+        self._spans = {name: rank_span(name, args, parallel.rank, parallel.size) for name in self.names}
         names = {id(module): name for name, module in model.named_modules()}
         self._homes: dict[str, tuple[_Group, int]] = {}
         for layers in model.matrices():
             group = _Group(layers, len(layers))
             for index, layer in enumerate(layers):
                 self._homes[f"{names[id(layer)]}.weight"] = group, index
+        if one:
+            self._homes[EMBEDDING] = self._homes.pop(OUTPUT)
 
-    def run(self, names: list[str]) -> Iterator[str]:
-        """Load the tensors in this order, some read at once; yield each name when it is in its place."""
+    def run(self) -> Iterator[str]:
+        """Load the weights in order, some read at once; yield each name when it is in its place."""
         with ThreadPoolExecutor(READERS) as pool:
             pending: deque[tuple[str, Tensor | None, Future[_Part]]] = deque()
-            for name in names:
+            for name in self.names:
                 room = self._room(name)
                 pending.append((name, room, pool.submit(self._read, name, room)))
                 if len(pending) > READERS:
@@ -107,20 +115,20 @@ class Loading:
         if not isinstance(group.matrix, Dense):
             return None
         room = layers[index].dense()
-        layers[index].weight = nn.Parameter(room, requires_grad=False)
+        self._model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(room, requires_grad=False)
         return room
 
     def _read(self, name: str, room: Tensor | None) -> _Part:
         """Read this rank's part; for int8 also the largest number of each row, where rows go on in other ranks."""
-        span = self._spans[name]
+        span, stored = self._spans[name], stored_name(name, self._checkpoint.args)
         if self._checkpoint.quantization is not None and name in self._homes:
-            return _Part(self._checkpoint.codes(name, *(span or ())))
+            return _Part(self._checkpoint.codes(stored, *(span or ())))
         goes_on = span is not None and shard_dim(name) == 1 and name in self._homes
         if span is None or not goes_on or self._quantization is None or self._quantization.group is not None:
             dim, start, stop = span or (None, 0, None)
-            return _Part((self._checkpoint.read(name, dim, start, stop, out=room),))
+            return _Part((self._checkpoint.read(stored, dim, start, stop, out=room),))
         parts, largest = [], []
-        for piece in row_pieces(self._checkpoint, name, PIECE_BYTES):
+        for piece in row_pieces(self._checkpoint, stored, PIECE_BYTES):
             largest.append(piece.abs().amax(dim=1))
             parts.append(piece[:, span[1] : span[2]].clone())
         return _Part((torch.cat(parts),), torch.cat(largest))

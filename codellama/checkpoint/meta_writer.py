@@ -29,7 +29,7 @@ from torch._utils import _rebuild_tensor_v2
 from codellama.checkpoint.buffers import memory_of
 from codellama.checkpoint.layout import shard_dim, tensor_shapes
 from codellama.checkpoint.pth import DTYPES
-from codellama.config import ModelArgs
+from codellama.config import BEYOND_PARAMS, ModelArgs
 from codellama.errors import CheckpointError, ParallelSizeError
 
 PIECE_BYTES = 32 * 2**20
@@ -63,6 +63,7 @@ def write_meta(
     Raises:
         CheckpointError: a tensor of a dtype that the layout has no word for.
     """
+    assert not args.beyond_params, "check_shards has refused it"
     folder.mkdir(parents=True, exist_ok=True)
     shapes = tensor_shapes(args)
     sums = {}
@@ -73,7 +74,7 @@ def write_meta(
         assert not shapes, f"no tensors came for {list(shapes)}"
         for shard in shards:
             sums[shard.path.name] = shard.finish()
-    params = {key: value for key, value in asdict(args).items() if value is not None}
+    params = {key: value for key, value in asdict(args).items() if value is not None and key not in BEYOND_PARAMS}
     small = {"params.json": (json.dumps(params) + "\n").encode(), "tokenizer.model": tokenizer}
     for name, content in small.items():
         (folder / name).write_bytes(content)
@@ -82,13 +83,19 @@ def write_meta(
 
 
 def check_shards(args: ModelArgs, n_shards: int) -> None:
-    """Refuse a number of files over which a tensor cannot be spread, or which would cut a head.
+    """Refuse a model that the layout cannot describe, and a number of files that would cut a tensor or a head unevenly.
 
     Our reader joins cut heads again; Meta's own code, with a process for each file, could not use them.
 
     Raises:
+        CheckpointError: params.json has no words for the architecture.
         ParallelSizeError: naming what does not divide.
     """
+    if beyond := args.beyond_params:
+        listed = ", ".join(f"{name} {value}" for name, value in beyond.items())
+        raise CheckpointError(
+            f"Meta's layout describes Llama only; its params.json has no words for {listed}: convert to huggingface"
+        )
     if not 1 <= n_shards <= 100:  # names have two digits
         raise ParallelSizeError(f"a checkpoint of {n_shards} files was asked for; 1 to 100 are possible")
     sizes = {"n_heads": args.n_heads, "n_kv_heads": args.kv_heads}

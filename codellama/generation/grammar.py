@@ -14,9 +14,9 @@ from collections.abc import Collection
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from codellama.config import Grammar
 from codellama.errors import GrammarError
 from codellama.generation import trial
+from codellama.grammar import Grammar
 from codellama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

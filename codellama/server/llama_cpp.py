@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
-from codellama.config import Grammar, SamplingParams
+from codellama.config import SamplingParams
 from codellama.errors import PromptError
 from codellama.generation.prompt import Prompt, PromptMaker
 from codellama.generation.request import Delta, TokenScore
+from codellama.grammar import Grammar
 from codellama.prompts import text_stop_tokens
 from codellama.server.answers import Json, split_lines
 from codellama.server.markers import split_markers

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from codellama.config import Grammar, SamplingParams
+from codellama.config import SamplingParams
 from codellama.errors import GrammarError, PromptError
 from codellama.generation.prompt import Prompt, PromptMaker
+from codellama.grammar import Grammar
 from codellama.prompts import text_stop_tokens
 from codellama.server.dialogs import ChatMessage, normalize_dialog
 from codellama.server.markers import split_markers

@@ -215,8 +215,8 @@ def test_rope_theta_from_the_caller(tmp_path: Path, path: Path) -> None:
 
 
 def test_another_architecture(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has the architecture 'gemma'; llama was expected"):
-        open_checkpoint(gguf.write_gguf(tmp_path / "gemma.gguf", name="gemma"))
+    with pytest.raises(CheckpointError, match=r"has the architecture 'gemma2'; llama or gemma was expected"):
+        open_checkpoint(gguf.write_gguf(tmp_path / "gemma2.gguf", name="gemma2"))
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:

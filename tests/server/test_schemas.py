@@ -3,9 +3,9 @@
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from codellama.config import Grammar
 from codellama.errors import GrammarError, PromptError
 from codellama.generation.prompt import PromptMaker
+from codellama.grammar import Grammar
 from codellama.prompts import dialog_prompt_tokens, infilling_prompt_tokens
 from codellama.server.llama_cpp import InfillRequest, LlamaCppRequest
 from codellama.server.markers import split_markers

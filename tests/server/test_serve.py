@@ -15,8 +15,8 @@ import pytest
 
 from codellama import cli
 from codellama.assembly import DEMO
-from codellama.config import Grammar
 from codellama.errors import NumericalError
+from codellama.grammar import Grammar
 from codellama.llama import Llama
 from tests.support.schemas import SCHEMAS
 from tests.support.serving import ENDLESS, Serving, stream, streamed_text, wait_until

@@ -53,8 +53,20 @@ def vocabulary(model: bytes, user_defined: Sequence[str] = tiny.INFILLING) -> di
     }
 
 
-def architecture(args: ModelArgs) -> dict[str, Any]:
-    """The llama.* values that llama.cpp's converter writes."""
+def architecture(args: ModelArgs, name: str = "llama") -> dict[str, Any]:
+    """The values that llama.cpp's converter writes for an architecture."""
+    if name == "gemma":
+        return {
+            "gemma.context_length": 8192,
+            "gemma.embedding_length": args.dim,
+            "gemma.block_count": args.n_layers,
+            "gemma.feed_forward_length": args.hidden_dim,
+            "gemma.attention.head_count": args.n_heads,
+            "gemma.attention.head_count_kv": args.kv_heads,
+            "gemma.attention.layer_norm_rms_epsilon": args.norm_eps,
+            "gemma.attention.key_length": args.head_dim,
+            "gemma.attention.value_length": args.head_dim,
+        }
     return {
         "llama.context_length": 4096,
         "llama.embedding_length": args.dim,
@@ -81,6 +93,9 @@ def write_gguf(
 ) -> Path:
     """Write a file with matrices of this type, and vectors in float32 as llama.cpp has them.
 
+    Norms of a gemma are stored with the 1 that is added to them, queries and keys with the first rows of all pairs of a
+    head before the second ones.
+
     Args:
         weights: canonical names; random ones if None.
         tokenizer: content of a tokenizer.model; the tiny one if None.
@@ -91,7 +106,7 @@ def write_gguf(
     weights = tiny.random_weights(args) if weights is None else weights
     tokenizer = tiny.tokenizer_bytes(size=args.vocab_size) if tokenizer is None else tokenizer
     writer = GGUFWriter(path, name)
-    for key, value in {**architecture(args), **vocabulary(tokenizer), **(values or {})}.items():
+    for key, value in {**architecture(args, name), **vocabulary(tokenizer), **(values or {})}.items():
         if key == "general.alignment":
             writer.add_custom_alignment(value)
         elif isinstance(value, bool):
@@ -107,6 +122,11 @@ def write_gguf(
     changes = dict(tensors or {})
     for canonical, tensor in weights.items():
         theirs = gguf_name(canonical)
+        if name == "gemma" and tensor.dim() == 1:
+            tensor = tensor + 1
+        elif name == "gemma" and canonical.endswith(("wq.weight", "wk.weight")):
+            heads = tensor.view(-1, args.head_dim, args.dim)
+            tensor = torch.cat([heads[:, ::2], heads[:, 1::2]], dim=1).reshape(tensor.shape)
         if theirs not in changes:
             add(writer, theirs, tensor.float().numpy(), "F32" if tensor.dim() == 1 else kind)
     for theirs, array in changes.items():

@@ -1,7 +1,7 @@
-"""A dense Llama written from the papers, in float64: no cache, no parallelism, no batching, no shared code.
+"""A dense Llama or Gemma written from the papers, in float64: no cache, no parallelism, no batching, no shared code.
 
 RMSNorm: arXiv 1910.07467; rotary embedding: arXiv 2104.09864, as a rotation matrix for each pair; grouped-query
-attention: arXiv 2305.13245; SwiGLU: arXiv 2002.05202.
+attention: arXiv 2305.13245; SwiGLU, GeGLU: arXiv 2002.05202; GELU with tanh: arXiv 1606.08415; Gemma: arXiv 2403.08295.
 """
 
 import math
@@ -16,11 +16,11 @@ def oracle_logits(args: ModelArgs, weights: dict[str, Tensor], ids: list[int]) -
     """Logits of every position of one sequence, float64 [len(ids), vocab_size]."""
     w = {name: tensor.double() for name, tensor in weights.items()}
     n_kv_heads = args.n_kv_heads or args.n_heads
-    size = args.dim // args.n_heads
-    x = torch.stack([w["tok_embeddings.weight"][id] for id in ids])
+    size = args.head_dim
+    x = torch.stack([w["tok_embeddings.weight"][id] for id in ids]) * (args.embedding_scale or 1)
     for layer in range(args.n_layers):
         p = f"layers.{layer}."
-        h = norm(x, w[p + "attention_norm.weight"], args.norm_eps)
+        h = norm(x, args.norm_offset + w[p + "attention_norm.weight"], args.norm_eps)
         heads = []
         for head in range(args.n_heads):
             shared = head // (args.n_heads // n_kv_heads)
@@ -33,11 +33,17 @@ def oracle_logits(args: ModelArgs, weights: dict[str, Tensor], ids: list[int]) -
                 scores[row, row + 1 :] = -math.inf
             heads.append(torch.softmax(scores, dim=-1) @ v)
         x = x + torch.cat(heads, dim=-1) @ w[p + "attention.wo.weight"].T
-        h = norm(x, w[p + "ffn_norm.weight"], args.norm_eps)
+        h = norm(x, args.norm_offset + w[p + "ffn_norm.weight"], args.norm_eps)
         gate = h @ w[p + "feed_forward.w1.weight"].T
         up = h @ w[p + "feed_forward.w3.weight"].T
-        x = x + (gate / (1 + torch.exp(-gate)) * up) @ w[p + "feed_forward.w2.weight"].T
-    return norm(x, w["norm.weight"], args.norm_eps) @ w["output.weight"].T
+        opened = gate / (1 + torch.exp(-gate)) if args.activation == "silu" else gelu(gate)
+        x = x + (opened * up) @ w[p + "feed_forward.w2.weight"].T
+    output = w["tok_embeddings.weight" if args.tied_output else "output.weight"]
+    return norm(x, args.norm_offset + w["norm.weight"], args.norm_eps) @ output.T
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

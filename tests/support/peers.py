@@ -1,7 +1,7 @@
-"""The same weights in another implementation: transformers' LlamaForCausalLM."""
+"""The same weights in another implementation: transformers' LlamaForCausalLM and GemmaForCausalLM."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from codellama.config import ModelArgs
 
@@ -21,6 +21,26 @@ def transformers_model(args: ModelArgs, weights: dict[str, torch.Tensor], tied: 
     )
     model = LlamaForCausalLM(config).eval()
     model.load_state_dict(to_transformers(args, weights), strict=True)
+    return model
+
+
+def transformers_gemma(args: ModelArgs, weights: dict[str, torch.Tensor]) -> GemmaForCausalLM:
+    """Their Gemma with our weights."""
+    config = GemmaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        head_dim=args.head_dim,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        pad_token_id=None,
+    )
+    model = GemmaForCausalLM(config).eval()
+    tied = {"output.weight": weights["tok_embeddings.weight"]}
+    model.load_state_dict(to_transformers(args, weights | tied), strict=True)
     return model
 
 

@@ -1,6 +1,7 @@
 """Tiny models with random weights, in which all dimensions differ, so that a swapped axis cannot pass."""
 
 import io
+import math
 from functools import cache
 from pathlib import Path
 
@@ -25,19 +26,46 @@ ARGS = ModelArgs(
     rope_theta=10_000.0,
 )
 
+GEMMAS = {
+    name: ModelArgs(
+        dim=dim,  # never n_heads · head_dim
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=n_kv_heads,
+        vocab_size=VOCAB,
+        multiple_of=hidden_dim,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        head_dim=head_dim,
+        activation="gelu_tanh",
+        norm_offset=1,
+        embedding_scale=math.sqrt(dim),
+        tied_output=True,
+    )
+    for name, dim, n_kv_heads, head_dim, hidden_dim in (
+        ("one of four", 64, 1, 32, 192),
+        ("four of four", 80, 4, 12, 256),
+    )
+}
+"""Tiny models with all that CodeGemma differs in, by their key/value heads."""
+
 INFILLING = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 
 
 def random_weights(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Full tensors under canonical names; wide enough that greedy tokens are not ties, norms away from 1."""
+    """Full tensors under canonical names; wide enough that greedy tokens are not ties, norms away from 1.
+
+    Where the output is the embedding, what the layers add is larger, or each token would be followed by itself.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in tensor_shapes(args).items():
         values = torch.randn(shape, generator=generator)
         if shard_dim(name) is None:
-            weights[name] = (1 + 0.1 * values).to(dtype)
+            weights[name] = (1 - args.norm_offset + 0.1 * values).to(dtype)
         else:
-            weights[name] = (values * 1.5 * shape[-1] ** -0.5).to(dtype)
+            size = 6.0 if args.tied_output and name.endswith(("wo.weight", "w2.weight")) else 1.5
+            weights[name] = (values * size * shape[-1] ** -0.5).to(dtype)
     return weights
 
 
