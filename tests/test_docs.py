@@ -18,6 +18,7 @@ from codellama import ModelArgs, ParallelSizeError, RuntimeArgs, SamplingParams,
 from codellama.checkpoint import gguf, huggingface
 from codellama.checkpoint.gguf_blocks import BLOCKS
 from codellama.checkpoint.layout import SHARD_DIM
+from codellama.config import feed_forward_params
 from codellama.flags import Explanation, UsageError, flags_of, parse
 from codellama.memory import plan_budget
 from codellama.parallel import Parallel
@@ -180,6 +181,17 @@ def published(name: str) -> ModelArgs:
     )  # fmt: skip
 
 
+def published_gemma(name: str) -> ModelArgs:
+    """The same for CodeGemma."""
+    (row,) = (row for row in section(ROOT / "docs/checkpoints.md", "CodeGemma") if row[0] == name)
+    dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size = map(int, row[1:])
+    multiple_of, multiplier = feed_forward_params(dim, hidden_dim)
+    return ModelArgs(
+        dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, vocab_size=vocab_size,
+        multiple_of=multiple_of, ffn_dim_multiplier=multiplier, rope_theta=1e4, norm_offset=1, tied_output=True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("path", EACH_PAGE)
 def test_python_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a page, in order, in one namespace, in an empty folder."""
@@ -294,14 +306,18 @@ def test_memory_of_the_models() -> None:
         assert whole == f"{alone.weights / 1e9:.1f} GB"
         assert share == f"{divided.weights / 1e9:.1f} GB"
         assert cache == f"{divided.cache / 1e6:.3g} MB"
+    for name, processes, whole, cache, *_ in section(ROOT / "README.md", "CodeGemma"):
+        budget = plan_budget(published_gemma(name), runtime, int(processes), 2)
+        assert whole == f"{budget.weights / 1e9:.1f} GB"
+        assert cache == f"{budget.cache / 1e6:.3g} MB"
 
 
 def test_possible_numbers_of_processes() -> None:
     for name, listed in section(ROOT / "docs/checkpoints.md", "model \\| possible sizes"):
-        possible = []
+        possible, args = [], published_gemma(name[10:]) if name.startswith("CodeGemma ") else published(name)
         for size in range(1, 129):
             try:
-                Parallel(size=size).check_divides(published(name))
+                Parallel(size=size).check_divides(args)
             except ParallelSizeError:
                 continue
             possible.append(size)

@@ -162,6 +162,6 @@ def load_model(
     sizes = {name: parameters[name].numel() * dtype.itemsize for name in loading.names}
     total = sum(sizes.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress) as bar:
-        for name in loading.run():
+        for name in loading.run(loading.names):
             bar.update(sizes[name])
     return model.eval()

@@ -228,7 +228,7 @@ def _check_metadata(header: Header) -> str:
     architecture = header.text("general.architecture")
     if architecture not in ARCHITECTURES:
         found = "no architecture" if architecture is None else f"the architecture {shown(architecture)}"
-        raise CheckpointError(f"{where} has {found}; {' or '.join(ARCHITECTURES)} was expected")
+        raise CheckpointError(f"{where} has {found}; llama or gemma was expected")
     own = f"{architecture}."
     parts = header.find("split.count", int)
     if parts is not None and parts > 1:

@@ -6,6 +6,7 @@ modeling_llama.py and modeling_gemma.py, whose names and order of rows are the s
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -64,6 +65,8 @@ class HuggingFaceCheckpoint(PlainNumbers):
         if not config.is_file():
             raise CheckpointError(f"{folder} lacks config.json")
         self.args, tied = args_from_config(read_json(config), str(config), rope_theta)
+        if self.args.tied_output and huggingface_name(OUTPUT) in found:
+            self.args = replace(self.args, tied_output=False)  # what the files hold wins over what is said of it
         self._tokenizer = _open_tokenizer(folder, tokenizer_path)
         if self.args.n_layers > len(found):  # before names are made for a billion layers
             raise CheckpointError(f"{config} asks for {self.args.n_layers} layers, but there are {len(found)} tensors")

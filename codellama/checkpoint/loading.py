@@ -86,11 +86,11 @@ class Loading:
         if one:
             self._homes[EMBEDDING] = self._homes.pop(OUTPUT)
 
-    def run(self) -> Iterator[str]:
-        """Load the weights in order, some read at once; yield each name when it is in its place."""
+    def run(self, names: list[str]) -> Iterator[str]:
+        """Load these weights in this order, some read at once; yield each name when it is in its place."""
         with ThreadPoolExecutor(READERS) as pool:
             pending: deque[tuple[str, Tensor | None, Future[_Part]]] = deque()
-            for name in self.names:
+            for name in names:
                 room = self._room(name)
                 pending.append((name, room, pool.submit(self._read, name, room)))
                 if len(pending) > READERS:

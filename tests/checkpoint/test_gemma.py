@@ -1,11 +1,13 @@
 """CodeGemma's architecture: what transformers saved, and the same weights as GGUF, in memory as planned."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codellama.checkpoint import Checkpoint, load_model, open_checkpoint, tensor_shapes
@@ -218,6 +220,24 @@ def test_descriptions_that_are_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(rewritten(saved, tmp_path / "ckpt", **changes))
+
+
+def test_an_output_in_the_files_wins_over_the_description(saved: dict[str, Path], tmp_path: Path) -> None:
+    """As for Llama: what is there is read."""
+    folder = rewritten(saved, tmp_path / "ckpt")
+    weights = load_file(folder / WEIGHTS)
+    generator = torch.Generator().manual_seed(5)
+    output = torch.randn(weights["model.embed_tokens.weight"].shape, generator=generator)
+    (folder / WEIGHTS).unlink()
+    save_file(weights | {"lm_head.weight": output}, folder / WEIGHTS, {"format": "pt"})
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.args == replace(tiny.GEMMAS["one of four"], tied_output=False)
+    before = tiny.whole_model(
+        checkpoint.args, tiny.random_weights(tiny.GEMMAS["one of four"]) | {"output.weight": output}
+    )
+    assert torch.equal(logits(loaded(checkpoint)), logits(before))
+    convert(folder, tmp_path / "again", format="huggingface")
+    assert open_checkpoint(tmp_path / "again").args == checkpoint.args
 
 
 @pytest.mark.parametrize(
