@@ -128,8 +128,9 @@ class Engine:
         finally:
             for _ in pieces:  # after a failure here too: the other ranks compute every piece, and wait for this one
                 pass
-        self._scheduler.launch(batch, [request for request, *_ in asking])
-        return Pending(batch, asking, widest(extremes), self._runner.device)
+        pending = Pending(batch, asking, widest(extremes), self._runner.device)
+        self._scheduler.launch(batch, pending.requests)
+        return pending
 
     def _settle(self) -> bool:
         """Hand out what the step that was launched last gave; False where there is none."""
@@ -138,10 +139,14 @@ class Engine:
         pending, self._pending = self._pending, None
         result = pending.read()
         self._check_finite(result.extremes)
-        for request, token, found in result.drawn:
+        accepted: dict[Request, int] = {}
+        guesses = dict(zip(pending.batch.requests, pending.batch.tokens, strict=True))
+        for request, tokens in result.drawn:
             if request.finish_reason is None:
-                request.append(token, found)
-        self._scheduler.commit(pending.batch, pending.requests)
+                taken = request.take(tokens, guesses[request][1:] if len(tokens) > 1 else [])
+                if len(tokens) > 1:
+                    accepted[request] = taken
+        self._scheduler.commit(pending.batch, pending.requests, accepted)
         return True
 
     def run(self, requests: Iterable[Request]) -> list[Completion]:
@@ -277,18 +282,27 @@ class Engine:
             known = request.prompt[following : following + len(part)]
             if request.scores_prompt and known:
                 request.scores += score(part[: len(known)], known, request.params.top_logprobs)
-            n_tokens = request.n_tokens + request.n_pending
-            if following + len(part) - 1 == n_tokens and request.n_max > 0:
-                last = part[-1]
-                try:
-                    uniform, allowed = request.rng.random(), request.allowed()
-                    token = sample(last, request.params, uniform, request.history(), request.counts, allowed)
-                except StopIteration as error:  # which would look like the end of a stream
-                    request.fail(RuntimeError(f"logits_processor raised {error!r}"))
-                except Exception as error:  # of its logits_processor or its grammar
-                    request.fail(error)
-                else:
-                    drawn.append((request, last, token))
+            # Of these, what follows all that is known and all that was drawn before.
+            n_new = following + len(part) - request.n_tokens - request.n_pending
+            if n_new > 0 and request.n_max > 0:
+                drawn += self._sample(request, part[-n_new:], following + len(part) - n_new - request.n_tokens)
+        return drawn
+
+    def _sample(self, request: Request, logits: Tensor, n_before: int) -> list[tuple[Request, Tensor, Tensor]]:
+        """Draw tokens that follow each other if all guesses hold, from `[n, V]`; so many were drawn and are not read.
+
+        What its own logits_processor or grammar raises ends the request.
+        """
+        drawn: list[tuple[Request, Tensor, Tensor]] = []
+        try:
+            for row, uniform in zip(logits, request.uniforms(n_before + len(logits))[n_before:], strict=True):
+                allowed = request.allowed()
+                token = sample(row, request.params, uniform, request.history(), request.counts, allowed)
+                drawn.append((request, row, token))
+        except StopIteration as error:  # which would look like the end of a stream
+            request.fail(RuntimeError(f"logits_processor raised {error!r}"))
+        except Exception as error:
+            request.fail(error)
         return drawn
 
     def _check_finite(self, extremes: Sequence[Sequence[float]]) -> None:

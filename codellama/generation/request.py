@@ -12,6 +12,7 @@ from typing import Literal
 
 from codellama.config import SamplingParams
 from codellama.errors import ContextLengthError, PromptError
+from codellama.generation.drafting import Drafter
 from codellama.generation.grammar import Matcher
 from codellama.tokenizer import TextDecoder, Tokenizer
 
@@ -39,6 +40,7 @@ class Delta:
     Attributes:
         stopped_by: the stop string that ended the text, in the last one.
         n_reused: tokens of the prompt so far that were in the cache already, and were not computed for this request.
+        n_steps: passes of the model that gave a token so far; with speculation there are more tokens than passes.
     """
 
     text: str
@@ -48,6 +50,7 @@ class Delta:
     error: BaseException | None = None
     stopped_by: str | None = None
     n_reused: int = 0
+    n_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Completion:
         text: the generated text alone.
         scores: one for each of tokens, if asked for. The first token of a prompt is certain: log-probability 0.
         error: what ended the request, where finish_reason is "error" or "content_filter".
+        n_steps: passes of the model that gave a token, one for each without speculation.
     """
 
     tokens: tuple[int, ...]
@@ -66,6 +70,7 @@ class Completion:
     scores: tuple[TokenScore, ...]
     finish_reason: FinishReason
     error: BaseException | None = None
+    n_steps: int = 0
 
 
 class StopString:
@@ -199,6 +204,7 @@ class Request:
         n_cached: tokens whose keys and values are there, or will be when the steps that were launched are over.
         n_pending: tokens that were drawn and are not read yet, 0 or 1: the device alone knows them.
         n_reused: how many of them other requests had computed, in this row or in one that they were copied from.
+        n_steps: passes of the model that gave it a token.
 
     Raises:
         PromptError: the prompt holds no ids, or it or logit_bias holds ids outside the vocabulary.
@@ -220,11 +226,14 @@ class Request:
     n_cached: int = field(default=0, init=False)
     n_pending: int = field(default=0, init=False)
     n_reused: int = field(default=0, init=False)
+    n_steps: int = field(default=0, init=False)
     output: list[int] = field(default_factory=list, init=False)
     scores: list[TokenScore] = field(default_factory=list, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     error: BaseException | None = field(default=None, init=False)
     _n_handed: int = field(default=0, init=False)
+    _uniforms: list[float] = field(default_factory=list, init=False)
+    _drafter: Drafter | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.prompt = check_ids(self.prompt, self.vocab_size, self.where)
@@ -259,9 +268,28 @@ class Request:
 
         A stop string or a stop token is no reason: what is drawn behind it is dropped.
         """
+        return self.params.speculate > 0 or self._looks_back
+
+    @property
+    def _looks_back(self) -> bool:
         params = self.params
         penalized = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         return penalized or params.logits_processor is not None or self.matcher is not None
+
+    def draft(self, most: int) -> list[int]:
+        """Guess the next tokens, no more than this many, than it asked for, or than it may still generate but one."""
+        most = min(most, self.params.speculate, self.n_max - len(self.output) - 1)
+        if most < 1 or self._looks_back:
+            return []
+        if self._drafter is None:
+            self._drafter = Drafter(self.prompt)
+        self._drafter.extend(self.output[len(self._drafter) - len(self.prompt) :])
+        return self._drafter.draft(most)
+
+    def uniforms(self, n: int) -> list[float]:
+        """Look at the next n random numbers, in [0, 1): one for each token, guessed or not; `take` takes them away."""
+        self._uniforms += [self.rng.random() for _ in range(n - len(self._uniforms))]
+        return self._uniforms[:n]
 
     def history(self) -> list[int]:
         """Prompt and output, for those parameters that look back; else nothing, since a prompt may be long."""
@@ -280,7 +308,29 @@ class Request:
         """Return the result of a finished request."""
         assert self.finish_reason is not None, "the request is finished"
         text = self.text.text if self.text else ""
-        return Completion(tuple(self._returned()), text, tuple(self.scores), self.finish_reason, self.error)
+        return Completion(
+            tuple(self._returned()), text, tuple(self.scores), self.finish_reason, self.error, self.n_steps
+        )
+
+    def take(self, drawn: Sequence[tuple[int, TokenScore | None]], guesses: Sequence[int] = ()) -> int:
+        """Add what one step drew, as far as the guesses that it was drawn behind have turned out right.
+
+        Args:
+            drawn: tokens and their scores; each but the first was drawn as if the guess before it was right.
+            guesses: one less.
+
+        Returns:
+            How many were added, the one that ended the request included.
+        """
+        self.n_steps += 1
+        n = 0
+        for token, score in drawn:
+            self.append(token, score)
+            n += 1
+            if self.finish_reason is not None or n > len(guesses) or token != guesses[n - 1]:
+                break
+        del self._uniforms[:n]
+        return n
 
     def append(self, token: int, score: TokenScore | None) -> None:
         """Add a generated token, or end with it."""
@@ -338,9 +388,8 @@ class Request:
             return
         try:
             word = self.text.stopped_by if self.text and self.finish_reason is not None else None
-            self.on_delta(
-                Delta(text, tuple(tokens), tuple(scores), self.finish_reason, self.error, word, self.n_reused)
-            )  # fmt: skip
+            counts = self.n_reused, self.n_steps
+            self.on_delta(Delta(text, tuple(tokens), tuple(scores), self.finish_reason, self.error, word, *counts))
         except Exception as error:  # concerns this request alone, and there is nobody left to tell
             logger.error("the receiver of %s raised %s: %s", self.where, type(error).__name__, error)
             self.on_delta = None

@@ -4,7 +4,7 @@ It knows nothing of the model or of torch.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from codellama.config import RuntimeArgs
@@ -118,10 +118,23 @@ class Scheduler:
         for request in drawing:
             request.n_pending += 1
 
-    def commit(self, batch: Batch, drawing: Sequence[Request] = ()) -> None:
-        """Account for a launched batch whose requests have taken their tokens: free the rows that are done."""
+    def commit(
+        self, batch: Batch, drawing: Sequence[Request] = (), accepted: Mapping[Request, int] | None = None
+    ) -> None:
+        """Account for a launched batch whose requests have taken their tokens: free the rows that are done.
+
+        Args:
+            batch: the step.
+            drawing: the requests that drew a token.
+            accepted: of how many of a request's new tokens the keys and values stay; all where it is not named. What
+                was guessed wrongly is written over by the next step.
+        """
         for drawer in drawing:
             drawer.n_pending -= 1
+        for owner, tokens in zip(batch.requests, batch.tokens, strict=True):
+            if owner is not None and accepted and owner in accepted:
+                assert 0 < accepted[owner] <= len(tokens), "the first new token was no guess"
+                owner.n_cached -= len(tokens) - accepted[owner]
         for request in batch.requests:
             if request is not None and _has_all(request):
                 request.finish("length")  # the prompt is scored; there is nothing to generate
@@ -229,7 +242,9 @@ class Scheduler:
     def _decode(self, decode: Sequence[Request]) -> Batch:
         span, decoding = _span(decode), {row_of(request): request for request in decode}
         requests = [decoding.get(row) for row in span]
-        tokens = [[_last_id(request)] if request else [] for request in requests]
+        # Guesses are few enough to be judged in about the time of a step without.
+        most = min(STEP_TOKENS, self._runtime.chunk_size) // len(span) - 1
+        tokens = [[_last_id(request), *request.draft(most)] if request else [] for request in requests]
         positions = [request.n_cached if request else -1 for request in requests]
         return Batch(span.start, tokens, positions, [len(row) for row in tokens], requests)
 

@@ -445,7 +445,7 @@ def test_one_that_begins_like_another_waits_for_it_and_copies() -> None:
 def test_random_schedules() -> None:
     """300 loads that come, are cancelled and end at random."""
     rng = random.Random(8)
-    reasons, reused, copied = {"length": 0, "cancelled": 0}, 0, 0
+    reasons, reused, copied, guessed, right = {"length": 0, "cancelled": 0}, 0, 0, 0, 0
     for _ in range(300):
         machine = Machine(rows=rng.randrange(1, 5), max_seq_len=rng.randrange(4, 70), chunk_size=rng.randrange(1, 12))
         for _ in range(rng.randrange(1, 12)):
@@ -453,7 +453,8 @@ def test_random_schedules() -> None:
             length = rng.randrange(1, machine.runtime.max_seq_len + (n == 0))
             earlier = rng.choice([*machine.requests, None])
             begin = [*earlier.prompt, *earlier.output][: rng.randrange(length)] if earlier else []
-            machine.add(length, n, begin, echo=rng.random() < 0.3, logprobs=rng.random() < 0.5)
+            guesses = rng.choice((0, 0, 3))
+            machine.add(length, n, begin, echo=rng.random() < 0.3, logprobs=rng.random() < 0.5, speculate=guesses)
             for _ in range(rng.randrange(6)):
                 machine.step()
             if rng.random() < 0.2:
@@ -470,6 +471,9 @@ def test_random_schedules() -> None:
                 assert machine.prefilled.get(request, request.prompt) == request.prompt
             reused += request.n_reused > 0
         copied += machine.copied > 0
+        guessed += machine.guessed
+        right += machine.right
     assert reused > 50
     assert copied > 50
+    assert 100 < right < guessed - 100
     assert min(reasons.values()) > 50
