@@ -20,6 +20,13 @@ STEP_TOKENS = 32
 """Tokens that are read in the time that one more step takes beside its tokens, roughly, on any machine."""
 
 
+MOVE_STEPS = 8
+"""What it costs to move a row, in steps of one row: it is read and written once."""
+
+READ_AGAIN = 4
+"""Ids of a prompt that are read anew in the time of a step of one row."""
+
+
 class Scheduler:
     """Gives rows to requests in the order they came, and makes the next step's batch.
 
@@ -37,6 +44,7 @@ class Scheduler:
         self._prompts: deque[Request] = deque()  # admitted and not yet in the cache, in the order they came
         self._passed = 0  # tokens that were read of later prompts since the first of these was read
         self._delay = 0  # tokens of prompts that were read while rows waited to decode
+        self._along = 0  # rows that ran along in steps since rows were dense
 
     @property
     def busy(self) -> bool:
@@ -80,7 +88,7 @@ class Scheduler:
         self._waiting.clear()
         self._prompts.clear()
         self._copies.clear()
-        self._passed = self._delay = 0
+        self._passed = self._delay = self._along = 0
         self._rows = [None] * len(self._rows)
         self._table.forget()
 
@@ -96,6 +104,8 @@ class Scheduler:
         batch = self._prefill(bool(decode)) if self._prompts else None
         if batch is None:
             self._delay = 0
+            if decode:
+                self._close_up(decode)
             batch = self._decode(decode) if decode else None
         if self._copies:
             assert batch is not None, "what was copied is used at once"
@@ -238,6 +248,31 @@ class Scheduler:
     def _cost(self, n_tokens: int, size: int) -> int:
         """Tokens of the next step, of up to this size; but reading a few is not free either."""
         return max(min(n_tokens, size), size // len(self._rows))
+
+    def _close_up(self, decode: Sequence[Request]) -> None:
+        """Move a row that decodes far from the others next to them, once what ran along has cost as much as that.
+
+        So rows that run along cost twice the best choice at most, whoever ends when. What the free row holds that is
+        moved to is lost, and counts.
+        """
+        rows = sorted(row_of(request) for request in decode)
+        idle = rows[-1] - rows[0] + 1 - len(rows)
+        self._along = self._along + idle if idle else 0
+        free = [row for row in range(rows[0], rows[-1]) if self._rows[row] is None]
+        if not free:
+            return
+        source = rows[-1] if rows[-1] - rows[-2] >= rows[1] - rows[0] else rows[0]
+        near = rows[-2] if source == rows[-1] else rows[1]  # the others begin there
+        target = min(free, key=lambda row: (self._table.n_held(row), abs(row - near)))
+        if self._along < MOVE_STEPS + self._table.n_held(target) // READ_AGAIN:
+            return
+        request = self._rows[source]
+        assert request is not None, "a row that decodes is somebody's"
+        self._table.take_row(target)
+        self._copies.append((source, target, 0, request.n_cached))
+        self._rows[source], self._rows[target], request.row = None, request, target
+        self._table.give_back(source, ())
+        self._along = 0
 
     def _decode(self, decode: Sequence[Request]) -> Batch:
         span, decoding = _span(decode), {row_of(request): request for request in decode}

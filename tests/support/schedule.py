@@ -36,7 +36,7 @@ class Machine:
         self.running: set[Request] = set()
         self.copied = 0
         self.steps = 0
-        self.guessed = self.right = 0
+        self.guessed = self.right = self.moved = 0
 
     def add(self, length: int, n: int = 4, begin: Sequence[int] = (), **params: Any) -> Request:
         """Queue a request whose prompt begins like this, and goes on like no other's."""
@@ -116,6 +116,13 @@ class Machine:
         for source, target, start, stop in batch.copies:
             owner = owners[target]
             assert source != target
+            if owner.output:  # it moves
+                assert (start, stop) == (0, owner.n_cached)
+                assert source not in owners, "its row is free now"
+                self.cache[target][:stop] = self.cache[source][:stop]
+                self.kept[source] = []
+                self.moved += 1
+                continue
             assert start == len(self.prefilled[owner]) < stop < len(owner.prompt)
             self.cache[target][start:stop] = self.cache[source][start:stop]
             self.prefilled[owner] += owner.prompt[start:stop]
