@@ -241,6 +241,8 @@ class SamplingParams:
         top_logprobs: also report this many most probable alternatives at each position.
         echo: return the prompt before the generation.
         logits_processor: called on the leader with the ids so far and the logits, returns the logits to use.
+        speculate: guess up to this many tokens from what came before and let one step judge them; 0 does not. The
+            tokens are the same. Ignored with a grammar, a penalty or a logits_processor.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -264,6 +266,7 @@ class SamplingParams:
     top_logprobs: int = 0
     echo: bool = False
     logits_processor: LogitsProcessor | None = None
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
@@ -271,9 +274,10 @@ class SamplingParams:
         for name, least in (("top_k", 1), ("max_gen_len", 0), ("seed", None)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _integer(name, getattr(self, name), least))
-        if self.top_logprobs is None:
-            raise TypeError("top_logprobs is None; an integer was expected, 0 for none")
-        object.__setattr__(self, "top_logprobs", _integer("top_logprobs", self.top_logprobs, 0))
+        for name in ("top_logprobs", "speculate"):
+            if getattr(self, name) is None:
+                raise TypeError(f"{name} is None; an integer was expected, 0 for none")
+            object.__setattr__(self, name, _integer(name, getattr(self, name), 0))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, Iterable):
             raise TypeError(f"stop is {stop!r}; a string, or a list of strings, was expected")

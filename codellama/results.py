@@ -35,6 +35,7 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | Sequence[int] | None
     top_logprobs: int
     logits_processor: LogitsProcessor | None
+    speculate: int
 
 
 class InfillingOptions(SamplingOptions, total=False):

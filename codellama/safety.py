@@ -244,4 +244,5 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
         deltas[-1].error if deltas else None,
         deltas[-1].stopped_by if deltas else None,
         max((delta.n_reused for delta in deltas), default=0),
+        max((delta.n_steps for delta in deltas), default=0),
     )

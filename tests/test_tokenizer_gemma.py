@@ -5,7 +5,7 @@ import random
 import pytest
 import sentencepiece
 
-from codellama.generation.request import GeneratedText
+from codellama.generation.generated_text import GeneratedText
 from codellama.tokenizer import TextDecoder, Tokenizer
 from tests.support import bpe, gemma_words, tiny
 

@@ -129,8 +129,9 @@ class Engine:
         finally:
             for _ in pieces:  # after a failure here too: the other ranks compute every piece, and wait for this one
                 pass
-        self._scheduler.launch(batch, [request for request, *_ in asking])
-        return Pending(batch, asking, widest(extremes), self._runner.device)
+        pending = Pending(batch, asking, widest(extremes), self._runner.device)
+        self._scheduler.launch(batch, pending.requests)
+        return pending
 
     def _settle(self) -> bool:
         """Hand out what the step that was launched last gave; False where there is none."""
@@ -139,10 +140,14 @@ class Engine:
         pending, self._pending = self._pending, None
         result = pending.read()
         self._check_finite(result.extremes)
-        for request, token, found in result.drawn:
+        accepted: dict[Request, int] = {}
+        guesses = dict(zip(pending.batch.requests, pending.batch.tokens, strict=True))
+        for request, tokens in result.drawn:
             if request.finish_reason is None:
-                request.append(token, found)
-        self._scheduler.commit(pending.batch, pending.requests)
+                taken = request.take(tokens, guesses[request][1:] if len(tokens) > 1 else [])
+                if len(tokens) > 1:
+                    accepted[request] = taken
+        self._scheduler.commit(pending.batch, pending.requests, accepted)
         return True
 
     def run(self, requests: Iterable[Request]) -> list[Completion]:
@@ -268,7 +273,7 @@ class Engine:
 
     def _draw(self, batch: Batch, offset: int, logits: Tensor) -> list[tuple[Request, Tensor, Tensor]]:
         """Score prompts, and draw: each request that wants a token, the logits that it is drawn from, and the token."""
-        asking: list[tuple[Request, Tensor, Tensor]] = []
+        asking: list[tuple[Request, Tensor, Tensor, float]] = []
         for request, begin, end, position in batch.spans():
             start, stop = max(begin, offset), min(end, offset + len(logits))
             if start >= stop or request.finish_reason is not None:
@@ -278,30 +283,41 @@ class Engine:
             known = request.prompt[following : following + len(part)]
             if request.scores_prompt and known:
                 request.scores += score(part[: len(known)], known, request.params.top_logprobs)
-            n_tokens = request.n_tokens + request.n_pending
-            if following + len(part) - 1 == n_tokens and request.n_max > 0:
-                adjusted = self._adjust(request, part[-1])
-                if adjusted is not None:
-                    asking.append((request, part[-1], adjusted))
+            # Of these, what follows all that is known and all that was drawn before.
+            n_new = following + len(part) - request.n_tokens - request.n_pending
+            if n_new > 0 and request.n_max > 0:
+                asking += self._ask(request, part[-n_new:], following + len(part) - n_new - request.n_tokens)
         if not asking:
             return []
-        given = torch.stack([adjusted for *_, adjusted in asking])
-        params = [request.params for request, *_ in asking]
-        tokens = draw_batch(given, params, [request.rng.random() for request, *_ in asking])
-        return [(request, own, token) for (request, own, _), token in zip(asking, tokens, strict=True)]
+        given = torch.stack([adjusted for _, _, adjusted, _ in asking])
+        params, uniforms = [request.params for request, *_ in asking], [uniform for *_, uniform in asking]
+        tokens = draw_batch(given, params, uniforms)
+        return [(request, own, token) for (request, own, *_), token in zip(asking, tokens, strict=True)]
 
-    def _adjust(self, request: Request, logits: Tensor) -> Tensor | None:
-        """Change a request's logits, `[V]`, as it asks for; None where that failed, which ends it."""
+    def _ask(self, request: Request, logits: Tensor, n_before: int) -> list[tuple[Request, Tensor, Tensor, float]]:
+        """Prepare to draw tokens that follow each other if all guesses hold, from `[n, V]`.
+
+        What its own logits_processor or grammar raises ends the request.
+
+        Args:
+            request: whose logits these are.
+            logits: as the model computed them.
+            n_before: tokens that were drawn before and are not read yet.
+
+        Returns:
+            For each: the request, its logits, what it makes of them, and its random number.
+        """
+        asking: list[tuple[Request, Tensor, Tensor, float]] = []
         try:
-            allowed = request.allowed()
-            changed = adjust(logits, request.params, request.history(), request.seen, request.counts, allowed)
+            for row, uniform in zip(logits, request.uniforms(n_before + len(logits))[n_before:], strict=True):
+                allowed = request.allowed()
+                changed = adjust(row, request.params, request.history(), request.seen, request.counts, allowed)
+                asking.append((request, row, row if changed is None else changed, uniform))
         except StopIteration as error:  # which would look like the end of a stream
             request.fail(RuntimeError(f"logits_processor raised {error!r}"))
-        except Exception as error:  # of its logits_processor or its grammar
+        except Exception as error:
             request.fail(error)
-        else:
-            return logits if changed is None else changed
-        return None
+        return asking
 
     def _check_finite(self, extremes: Sequence[Sequence[float]]) -> None:
         """Refuse NaN and infinity, and name the ranks whose share of the vocabulary holds them."""

@@ -22,11 +22,11 @@ class Result:
 
     Attributes:
         extremes: least and greatest logit of each rank's share of the vocabulary; NaN where there is any.
-        drawn: each request that drew, its id, and the id's score if it asks for one.
+        drawn: each request that drew, and its ids with their scores if it asks for them; several where it guessed.
     """
 
     extremes: Sequence[tuple[float, float]]
-    drawn: Sequence[tuple[Request, int, TokenScore | None]]
+    drawn: Sequence[tuple[Request, Sequence[tuple[int, TokenScore | None]]]]
 
 
 class Pending:
@@ -42,12 +42,14 @@ class Pending:
 
         Args:
             batch: the step.
-            drawn: each request that draws, its logits `[V]` as the model computed them, and its token, int64 `[]`.
+            drawn: each request that draws, its logits `[V]` as the model computed them, and its token, int64 `[]`;
+                several times where it guessed.
             extremes: float32 `[ranks, 2]`, see `extremes_of`; or `[0, 2]` where there are no logits.
             device: where all of this is.
         """
         self.batch = batch
-        self.requests = [request for request, *_ in drawn]
+        self._owners = [request for request, *_ in drawn]
+        self.requests = list(dict.fromkeys(self._owners))
         self._n_ranks = len(extremes)
         self._tops = [_n_top(request.params, logits) for request, logits, _ in drawn]
         numbers = [extremes.flatten()]
@@ -70,17 +72,17 @@ class Pending:
         values = self._found.tolist()
         extremes = [(values[2 * rank], values[2 * rank + 1]) for rank in range(self._n_ranks)]
         at = 2 * self._n_ranks
-        tokens = [int(value) for value in values[at : at + len(self.requests)]]
-        at += len(self.requests)
-        scores: list[TokenScore | None] = []
-        for top in self._tops:
-            if top is None:
-                scores.append(None)
-                continue
-            ids, logprobs = values[at + 1 : at + 1 + top], values[at + 1 + top : at + 1 + 2 * top]
-            scores.append(TokenScore(values[at], tuple(zip(map(int, ids), logprobs, strict=True))))
-            at += 1 + 2 * top
-        return Result(extremes, list(zip(self.requests, tokens, scores, strict=True)))
+        tokens = [int(value) for value in values[at : at + len(self._owners)]]
+        at += len(tokens)
+        drawn: dict[Request, list[tuple[int, TokenScore | None]]] = {request: [] for request in self.requests}
+        for request, token, top in zip(self._owners, tokens, self._tops, strict=True):
+            score = None
+            if top is not None:
+                ids, logprobs = values[at + 1 : at + 1 + top], values[at + 1 + top : at + 1 + 2 * top]
+                score = TokenScore(values[at], tuple(zip(map(int, ids), logprobs, strict=True)))
+                at += 1 + 2 * top
+            drawn[request].append((token, score))
+        return Result(extremes, list(drawn.items()))
 
 
 def extremes_of(logits: Tensor, n_ranks: int) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 
 from codellama.config import LogitsProcessor, SamplingParams
 from codellama.errors import GrammarError, PromptError
+from codellama.generation.generated_text import GeneratedText
 from codellama.generation.grammar import Grammars, Matcher
-from codellama.generation.request import GeneratedText, Request, check_ids
+from codellama.generation.request import Request, check_ids
 from codellama.prompts import (
     Dialog,
     format_for,

@@ -12,8 +12,9 @@ from typing import Literal
 
 from codellama.config import SamplingParams
 from codellama.errors import ContextLengthError, PromptError
+from codellama.generation.drafting import Drafter
+from codellama.generation.generated_text import GeneratedText
 from codellama.generation.grammar import Matcher
-from codellama.tokenizer import TextDecoder, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Delta:
     Attributes:
         stopped_by: the stop string that ended the text, in the last one.
         n_reused: tokens of the prompt so far that were in the cache already, and were not computed for this request.
+        n_steps: passes of the model that gave a token so far; with speculation there are more tokens than passes.
     """
 
     text: str
@@ -48,6 +50,7 @@ class Delta:
     error: BaseException | None = None
     stopped_by: str | None = None
     n_reused: int = 0
+    n_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Completion:
         text: the generated text alone.
         scores: one for each of tokens, if asked for. The first token of a prompt is certain: log-probability 0.
         error: what ended the request, where finish_reason is "error" or "content_filter".
+        n_steps: passes of the model that gave a token, one for each without speculation.
     """
 
     tokens: tuple[int, ...]
@@ -66,126 +70,7 @@ class Completion:
     scores: tuple[TokenScore, ...]
     finish_reason: FinishReason
     error: BaseException | None = None
-
-
-class StopString:
-    """How far the end of a growing text is the beginning of a stop string, by Knuth, Morris and Pratt.
-
-    The work is that of the new characters alone: a client can make both the string and what is held back very long.
-    """
-
-    def __init__(self, text: str) -> None:
-        """Begin, with nothing of it found."""
-        self.text = text
-        self.length = 0  # of the longest end of the text that begins this string
-        self._shorter = [0]  # for each length - 1: the next shorter one that can hold as well; as far as it was needed
-
-    def push(self, text: str) -> int | None:
-        """Add to the text; return how many of these characters complete the string, or None."""
-        if not self.length and self.text[0] not in text:
-            return None
-        for index, character in enumerate(text):
-            self.length = self._follow(self.length, character)
-            if self.length == len(self.text):
-                return index + 1
-            if self.length > len(self._shorter):
-                self._shorter.append(self._follow(self._shorter[-1], character))
-        return None
-
-    def _follow(self, length: int, character: str) -> int:
-        while length and self.text[length] != character:
-            length = self._shorter[length - 1]
-        return length + (self.text[length] == character)
-
-
-class GeneratedText:
-    """Text of a generation as it grows: whole characters only; stop strings are cut and never shown."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, drop_space: bool = False, strip: bool = False
-    ) -> None:
-        """Begin an empty text.
-
-        Args:
-            tokenizer: decodes the ids.
-            stop: strings that end the text; the text ends before the one whose end comes first.
-            drop_space: drop SentencePiece's implicit space, because the generation begins the text.
-            strip: drop white space around the whole, as a chat answer's content is written without it.
-        """
-        self._decoder = TextDecoder(tokenizer)
-        self._stops = [StopString(text) for text in stop]
-        self._drop_space = drop_space
-        self._strip = strip
-        self._held = ""
-        self._parts: list[str] = []
-        self._decoded = 0
-        self._starts: list[int] = []
-        self._n_certain = 0
-        self._ended = False
-        self.stopped_by: str | None = None
-
-    @property
-    def stopped(self) -> bool:
-        """True once a stop string has ended the text."""
-        return self.stopped_by is not None
-
-    @property
-    def text(self) -> str:
-        """All that has been returned so far."""
-        return "".join(self._parts)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that are certain to stay: a stop string may yet cut off those that have no share in the text."""
-        if self._stops and not self._ended:
-            certain = self._decoded - len(self._held)
-            while self._n_certain < len(self._starts) and self._starts[self._n_certain] < certain:
-                self._n_certain += 1
-            return self._n_certain
-        return len(self._starts)
-
-    def push(self, token: int) -> str:
-        """Add a token and return the text that became certain."""
-        pending = self._decoder.pending
-        text = self._decoder.push([token])
-        # A character that this token shows to be broken belongs to the tokens before it.
-        self._starts.append(self._decoded + (pending and text.startswith("\N{REPLACEMENT CHARACTER}")))
-        return self._take(text, final=False)
-
-    def finish(self) -> str:
-        """Return what was held back, since nothing follows."""
-        if self.stopped:
-            return ""
-        self._ended = True
-        return self._take(self._decoder.finish(), final=True)
-
-    def _take(self, text: str, final: bool) -> str:
-        before = len(self._held)
-        self._decoded += len(text)
-        self._held += text
-        ends = [(before + n, stop) for stop in self._stops if (n := stop.push(text)) is not None]
-        if ends:
-            _, sure, self.stopped_by = min((end, end - len(stop.text), stop.text) for end, stop in ends)
-        else:
-            overlap = 0 if final else max((stop.length for stop in self._stops), default=0)
-            sure = len(self._held) - overlap
-        taken, self._held = self._held[:sure], self._held[sure:]
-        return self._trim(taken, ended=final or self.stopped)
-
-    def _trim(self, taken: str, ended: bool) -> str:
-        if self._drop_space and taken:
-            taken, self._drop_space = taken.removeprefix(" "), False
-        if self._strip:
-            if not self._parts:
-                taken = taken.lstrip()
-            if not ended:  # white space at the end may turn out to be inside
-                kept = taken.rstrip()
-                taken, self._held = kept, taken[len(kept) :] + self._held
-            else:
-                taken = taken.rstrip()
-        if taken:
-            self._parts.append(taken)
-        return taken
+    n_steps: int = 0
 
 
 @dataclass(eq=False)
@@ -200,6 +85,7 @@ class Request:
         n_cached: tokens whose keys and values are there, or will be when the steps that were launched are over.
         n_pending: tokens that were drawn and are not read yet, 0 or 1: the device alone knows them.
         n_reused: how many of them other requests had computed, in this row or in one that they were copied from.
+        n_steps: passes of the model that gave it a token.
 
     Raises:
         PromptError: the prompt holds no ids, or it or logit_bias holds ids outside the vocabulary.
@@ -222,11 +108,14 @@ class Request:
     n_cached: int = field(default=0, init=False)
     n_pending: int = field(default=0, init=False)
     n_reused: int = field(default=0, init=False)
+    n_steps: int = field(default=0, init=False)
     output: list[int] = field(default_factory=list, init=False)
     scores: list[TokenScore] = field(default_factory=list, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     error: BaseException | None = field(default=None, init=False)
     _n_handed: int = field(default=0, init=False)
+    _uniforms: list[float] = field(default_factory=list, init=False)
+    _drafter: Drafter | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.prompt = check_ids(self.prompt, self.vocab_size, self.where)
@@ -263,9 +152,28 @@ class Request:
 
         A stop string or a stop token is no reason: what is drawn behind it is dropped.
         """
+        return self.params.speculate > 0 or self._looks_back
+
+    @property
+    def _looks_back(self) -> bool:
         params = self.params
         penalized = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         return penalized or params.logits_processor is not None or self.matcher is not None
+
+    def draft(self, most: int) -> list[int]:
+        """Guess the next tokens, no more than this many, than it asked for, or than it may still generate but one."""
+        most = min(most, self.params.speculate, self.n_max - len(self.output) - 1)
+        if most < 1 or self._looks_back:
+            return []
+        if self._drafter is None:
+            self._drafter = Drafter(self.prompt)
+        self._drafter.extend(self.output[len(self._drafter) - len(self.prompt) :])
+        return self._drafter.draft(most)
+
+    def uniforms(self, n: int) -> list[float]:
+        """Look at the next n random numbers, in [0, 1): one for each token, guessed or not; `take` takes them away."""
+        self._uniforms += [self.rng.random() for _ in range(n - len(self._uniforms))]
+        return self._uniforms[:n]
 
     def history(self) -> list[int]:
         """Prompt and output, for a logits_processor; else nothing, since a prompt may be long."""
@@ -283,7 +191,29 @@ class Request:
         """Return the result of a finished request."""
         assert self.finish_reason is not None, "the request is finished"
         text = self.text.text if self.text else ""
-        return Completion(tuple(self._returned()), text, tuple(self.scores), self.finish_reason, self.error)
+        return Completion(
+            tuple(self._returned()), text, tuple(self.scores), self.finish_reason, self.error, self.n_steps
+        )
+
+    def take(self, drawn: Sequence[tuple[int, TokenScore | None]], guesses: Sequence[int] = ()) -> int:
+        """Add what one step drew, as far as the guesses that it was drawn behind have turned out right.
+
+        Args:
+            drawn: tokens and their scores; each but the first was drawn as if the guess before it was right.
+            guesses: one less.
+
+        Returns:
+            How many were added, the one that ended the request included.
+        """
+        self.n_steps += 1
+        n = 0
+        for token, score in drawn:
+            self.append(token, score)
+            n += 1
+            if self.finish_reason is not None or n > len(guesses) or token != guesses[n - 1]:
+                break
+        del self._uniforms[:n]
+        return n
 
     def append(self, token: int, score: TokenScore | None) -> None:
         """Add a generated token, or end with it."""
@@ -343,9 +273,8 @@ class Request:
             return
         try:
             word = self.text.stopped_by if self.text and self.finish_reason is not None else None
-            self.on_delta(
-                Delta(text, tuple(tokens), tuple(scores), self.finish_reason, self.error, word, self.n_reused)
-            )  # fmt: skip
+            counts = self.n_reused, self.n_steps
+            self.on_delta(Delta(text, tuple(tokens), tuple(scores), self.finish_reason, self.error, word, *counts))
         except Exception as error:  # concerns this request alone, and there is nobody left to tell
             logger.error("the receiver of %s raised %s: %s", self.where, type(error).__name__, error)
             self.on_delta = None

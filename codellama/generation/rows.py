@@ -37,6 +37,14 @@ class RowTable:
         del self._held[row]
         return row, lengths[row] if lengths[row] >= LEAST_REUSE else 0
 
+    def n_held(self, row: int) -> int:
+        """Count the ids that a free row holds."""
+        return len(self._held[row])
+
+    def take_row(self, row: int) -> None:
+        """Give this free row away; what it holds is lost."""
+        del self._held[row]
+
     def give_back(self, row: int, ids: Sequence[int]) -> None:
         """Note what a row holds when its request has ended."""
         self._held[row] = ids

@@ -4,7 +4,7 @@ It knows nothing of the model or of torch.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from codellama.config import RuntimeArgs
@@ -18,6 +18,13 @@ SHARED_CHUNK = 512
 
 STEP_TOKENS = 32
 """Tokens that are read in the time that one more step takes beside its tokens, roughly, on any machine."""
+
+
+MOVE_STEPS = 8
+"""What it costs to move a row, in steps of one row: it is read and written once."""
+
+READ_AGAIN = 4
+"""Ids of a prompt that are read anew in the time of a step of one row."""
 
 
 class Scheduler:
@@ -37,6 +44,7 @@ class Scheduler:
         self._prompts: deque[Request] = deque()  # admitted and not yet in the cache, in the order they came
         self._passed = 0  # tokens that were read of later prompts since the first of these was read
         self._delay = 0  # tokens of prompts that were read while rows waited to decode
+        self._along = 0  # rows that ran along in steps since rows were dense
 
     @property
     def busy(self) -> bool:
@@ -80,7 +88,7 @@ class Scheduler:
         self._waiting.clear()
         self._prompts.clear()
         self._copies.clear()
-        self._passed = self._delay = 0
+        self._passed = self._delay = self._along = 0
         self._rows = [None] * len(self._rows)
         self._table.forget()
 
@@ -96,6 +104,8 @@ class Scheduler:
         batch = self._prefill(bool(decode)) if self._prompts else None
         if batch is None:
             self._delay = 0
+            if decode:
+                self._close_up(decode)
             batch = self._decode(decode) if decode else None
         if self._copies:
             assert batch is not None, "what was copied is used at once"
@@ -118,10 +128,23 @@ class Scheduler:
         for request in drawing:
             request.n_pending += 1
 
-    def commit(self, batch: Batch, drawing: Sequence[Request] = ()) -> None:
-        """Account for a launched batch whose requests have taken their tokens: free the rows that are done."""
+    def commit(
+        self, batch: Batch, drawing: Sequence[Request] = (), accepted: Mapping[Request, int] | None = None
+    ) -> None:
+        """Account for a launched batch whose requests have taken their tokens: free the rows that are done.
+
+        Args:
+            batch: the step.
+            drawing: the requests that drew a token.
+            accepted: of how many of a request's new tokens the keys and values stay; all where it is not named. What
+                was guessed wrongly is written over by the next step.
+        """
         for drawer in drawing:
             drawer.n_pending -= 1
+        for owner, tokens in zip(batch.requests, batch.tokens, strict=True):
+            if owner is not None and accepted and owner in accepted:
+                assert 0 < accepted[owner] <= len(tokens), "the first new token was no guess"
+                owner.n_cached -= len(tokens) - accepted[owner]
         for request in batch.requests:
             if request is not None and _has_all(request):
                 request.finish("length")  # the prompt is scored; there is nothing to generate
@@ -226,10 +249,37 @@ class Scheduler:
         """Tokens of the next step, of up to this size; but reading a few is not free either."""
         return max(min(n_tokens, size), size // len(self._rows))
 
+    def _close_up(self, decode: Sequence[Request]) -> None:
+        """Move a row that decodes far from the others next to them, once what ran along has cost as much as that.
+
+        So rows that run along cost twice the best choice at most, whoever ends when. What the free row holds that is
+        moved to is lost, and counts.
+        """
+        rows = sorted(row_of(request) for request in decode)
+        idle = rows[-1] - rows[0] + 1 - len(rows)
+        self._along = self._along + idle if idle else 0
+        free = [row for row in range(rows[0], rows[-1]) if self._rows[row] is None]
+        if not free:
+            return
+        source = rows[-1] if rows[-1] - rows[-2] >= rows[1] - rows[0] else rows[0]
+        near = rows[-2] if source == rows[-1] else rows[1]  # the others begin there
+        target = min(free, key=lambda row: (self._table.n_held(row), abs(row - near)))
+        if self._along < MOVE_STEPS + self._table.n_held(target) // READ_AGAIN:
+            return
+        request = self._rows[source]
+        assert request is not None, "a row that decodes is somebody's"
+        self._table.take_row(target)
+        self._copies.append((source, target, 0, request.n_cached))
+        self._rows[source], self._rows[target], request.row = None, request, target
+        self._table.give_back(source, ())
+        self._along = 0
+
     def _decode(self, decode: Sequence[Request]) -> Batch:
         span, decoding = _span(decode), {row_of(request): request for request in decode}
         requests = [decoding.get(row) for row in span]
-        tokens = [[_last_id(request)] if request else [] for request in requests]
+        # Guesses are few enough to be judged in about the time of a step without.
+        most = min(STEP_TOKENS, self._runtime.chunk_size) // len(span) - 1
+        tokens = [[_last_id(request), *request.draft(most)] if request else [] for request in requests]
         positions = [request.n_cached if request else -1 for request in requests]
         return Batch(span.start, tokens, positions, [len(row) for row in tokens], requests)
 

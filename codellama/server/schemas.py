@@ -103,6 +103,7 @@ class GenerationRequest(BaseModel):
     frequency_penalty: Annotated[float, _no_null(0.0), Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
     logit_bias: Biases | None = None
     response_format: ResponseFormat | None = None
+    speculate: Annotated[int, _no_null(0), Field(ge=0, le=64)] = 0
     stop: str | Texts | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     max_tokens: int | None = None
@@ -148,6 +149,7 @@ class GenerationRequest(BaseModel):
             max_gen_len=None if max_gen_len is None or max_gen_len < 0 else max_gen_len,
             stop=tuple(filter(None, stop)),
             seed=self.seed,
+            speculate=self.speculate,
             logprobs=top_logprobs is not None,
             top_logprobs=top_logprobs or 0,
             echo=echo and top_logprobs is not None,

@@ -128,3 +128,20 @@ def test_any_interleaving_gives_each_request_what_it_gets_alone(model: Transform
         seen["together"] += load.runner.together > 0
         seen["blind"] += load.runner.blind > 0
     assert min(seen.values()) > 20, seen
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_row_that_moves_goes_on_as_if_it_had_not(model: Transformer, late: bool) -> None:
+    """Rows 0, 4 and 5 go on when the others have ended; 0 moves to 3, where somebody's answer was."""
+    cache = KVCache.allocate(ARGS, rows=6, max_seq_len=MAX_SEQ_LEN, dtype=torch.float32, device=CPU)
+    runner = Recorder(model, cache, CPU)
+    scheduler = Scheduler(RuntimeArgs(max_seq_len=MAX_SEQ_LEN, max_batch_size=6, chunk_size=30))
+    engine = Engine(runner, scheduler, Parallel(), late)
+    params = [SamplingParams(max_gen_len=60 if row in (0, 4, 5) else 1, temperature=0.8) for row in range(6)]
+    requests = [Request([row + 1, 7, row], params[row], row, ARGS.vocab_size, MAX_SEQ_LEN) for row in range(6)]
+    engine.run(requests)
+    assert [request.row for request in requests] == [3, 1, 2, 3, 4, 5]
+    assert runner.copied >= 3, "what it held then"
+    for request in requests:
+        assert request.output == expected(model, request)[: len(request.output)]
+        assert len(request.output) == request.n_max

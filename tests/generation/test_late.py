@@ -15,8 +15,9 @@ from codellama.config import Grammar, ModelArgs, RuntimeArgs, SamplingParams
 from codellama.errors import NumericalError
 from codellama.generation.batch import LAST_DRAWN, Batch
 from codellama.generation.engine import Engine
+from codellama.generation.generated_text import GeneratedText
 from codellama.generation.grammar import Grammars
-from codellama.generation.request import Completion, Delta, GeneratedText, Request
+from codellama.generation.request import Completion, Delta, Request
 from codellama.generation.runner import Runner
 from codellama.generation.scheduler import Scheduler
 from codellama.model import Transformer

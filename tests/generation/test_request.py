@@ -9,7 +9,8 @@ import pytest
 
 from codellama.config import SamplingParams
 from codellama.errors import ContextLengthError, PromptError
-from codellama.generation.request import Completion, Delta, GeneratedText, Request, StopString, TokenScore, check_ids
+from codellama.generation.generated_text import GeneratedText, StopString
+from codellama.generation.request import Completion, Delta, Request, TokenScore, check_ids
 from codellama.tokenizer import Tokenizer
 from tests.support import bpe
 

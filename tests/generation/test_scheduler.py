@@ -442,18 +442,53 @@ def test_one_that_begins_like_another_waits_for_it_and_copies() -> None:
     machine.finish()
 
 
+def test_a_far_row_is_moved_when_what_runs_along_has_cost_as_much() -> None:
+    """Rows 0 and 7 are left of eight: six run along in each step, until 8 of them have; then two rows are a step."""
+    machine = Machine(rows=8, max_seq_len=128, chunk_size=128)
+    requests = [machine.add(3, n=60 if row in (0, 7) else 1) for row in range(8)]
+    machine.step()
+    sizes = []
+    for _ in range(6):
+        batch = machine.step()
+        assert batch is not None
+        sizes.append((len(batch.tokens), len(batch.copies)))
+    assert sizes == [(8, 0), (2, 1), *[(2, 0)] * 4]
+    assert (requests[7].row, machine.moved) == (1, 1)
+    machine.finish()
+    assert machine.moved == 1
+
+
+def test_a_row_is_not_moved_onto_a_long_chat_for_a_few_steps() -> None:
+    """What the row between holds would have to be read again: 100 ids, 25 steps of a row, and 8 for the move."""
+    machine = Machine(rows=3, max_seq_len=256, chunk_size=128)
+    first, chat, last = machine.add(3, n=100), machine.add(98, n=3), machine.add(3, n=100)
+    while chat.finish_reason is None:
+        machine.step()
+    assert len(machine.kept[1]) == 100
+    alone = 0
+    while machine.moved == 0:
+        batch = machine.step()
+        assert batch is not None
+        alone += len(batch.tokens) == 3
+    assert alone == 32
+    machine.finish()
+    assert [request.finish_reason for request in (first, last)] == ["length"] * 2
+
+
 def test_random_schedules() -> None:
     """300 loads that come, are cancelled and end at random."""
     rng = random.Random(8)
-    reasons, reused, copied = {"length": 0, "cancelled": 0}, 0, 0
+    reasons, reused, copied, guessed, right, moved = {"length": 0, "cancelled": 0}, 0, 0, 0, 0, 0
     for _ in range(300):
-        machine = Machine(rows=rng.randrange(1, 5), max_seq_len=rng.randrange(4, 70), chunk_size=rng.randrange(1, 12))
+        rows = rng.randrange(1, 8)
+        machine = Machine(rows=rows, max_seq_len=rng.randrange(4, 70), chunk_size=rng.randrange(1, 12))
         for _ in range(rng.randrange(1, 12)):
             n = rng.choice((0, 1, 2, 5, 40))
             length = rng.randrange(1, machine.runtime.max_seq_len + (n == 0))
             earlier = rng.choice([*machine.requests, None])
             begin = [*earlier.prompt, *earlier.output][: rng.randrange(length)] if earlier else []
-            machine.add(length, n, begin, echo=rng.random() < 0.3, logprobs=rng.random() < 0.5)
+            guesses = rng.choice((0, 0, 3))
+            machine.add(length, n, begin, echo=rng.random() < 0.3, logprobs=rng.random() < 0.5, speculate=guesses)
             for _ in range(rng.randrange(6)):
                 machine.step()
             if rng.random() < 0.2:
@@ -470,6 +505,11 @@ def test_random_schedules() -> None:
                 assert machine.prefilled.get(request, request.prompt) == request.prompt
             reused += request.n_reused > 0
         copied += machine.copied > 0
+        guessed += machine.guessed
+        moved += machine.moved
+        right += machine.right
     assert reused > 50
     assert copied > 50
+    assert moved > 10
+    assert 100 < right < guessed - 100
     assert min(reasons.values()) > 50

@@ -5,6 +5,7 @@ request must find its own history in its row, whether it runs or not: nobody els
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from codellama.config import RuntimeArgs, SamplingParams
 from codellama.generation.batch import Batch
@@ -35,11 +36,12 @@ class Machine:
         self.running: set[Request] = set()
         self.copied = 0
         self.steps = 0
+        self.guessed = self.right = self.moved = 0
 
-    def add(self, length: int, n: int = 4, begin: Sequence[int] = (), **params: bool) -> Request:
+    def add(self, length: int, n: int = 4, begin: Sequence[int] = (), **params: Any) -> Request:
         """Queue a request whose prompt begins like this, and goes on like no other's."""
         prompt = [*begin, *((len(self.requests) * 37 + at) % VOCAB for at in range(length - len(begin)))]
-        request = Request(prompt, SamplingParams(max_gen_len=n, **params), 0, VOCAB, self.runtime.max_seq_len)  # type: ignore[arg-type]
+        request = Request(prompt, SamplingParams(max_gen_len=n, **params), 0, VOCAB, self.runtime.max_seq_len)
         self.requests.append(request)
         self.scheduler.add(request)
         return request
@@ -52,6 +54,7 @@ class Machine:
         if batch is None:
             assert not self.scheduler.busy
             return None
+        accepted: dict[Request, int] = {}
         self.steps += 1
         self.copy(batch)
         self.check(batch)
@@ -59,12 +62,25 @@ class Machine:
             if first >= 0:
                 self.cache[row][first : first + len(tokens)] = tokens
         for request, tokens, position in zip(batch.requests, batch.tokens, batch.positions, strict=True):
-            if request is not None and request.n_max > 0 and position + len(tokens) == request.n_tokens:
-                request.append((request.prompt[0] + 7 * len(request.output)) % VOCAB, None)
+            if request is not None and request.n_max > 0 and position + len(tokens) >= request.n_tokens:
+                guesses = tokens[1:] if position >= len(request.prompt) else []
+                drawn = [(self.next(request, len(request.output) + n), None) for n in range(len(guesses) + 1)]
+                n = request.take(drawn, guesses)
+                self.guessed += len(guesses)
+                self.right += n - 1
+                if guesses:
+                    accepted[request] = n
         self.scheduler.launch(batch)
-        self.scheduler.commit(batch)
+        self.scheduler.commit(batch, (), accepted)
         self.leave()
         return batch
+
+    @staticmethod
+    def next(request: Request, at: int) -> int:
+        """The token that comes at this place of an output: periodic where a request speculates, most of the time."""
+        if request.params.speculate:
+            return (request.prompt[0] + at % 5 + (at % 13 == 0)) % VOCAB
+        return (request.prompt[0] + 7 * at) % VOCAB
 
     def finish(self, limit: int = 10_000) -> None:
         """Run until there is nothing to do."""
@@ -100,6 +116,13 @@ class Machine:
         for source, target, start, stop in batch.copies:
             owner = owners[target]
             assert source != target
+            if owner.output:  # it moves
+                assert (start, stop) == (0, owner.n_cached)
+                assert source not in owners, "its row is free now"
+                self.cache[target][:stop] = self.cache[source][:stop]
+                self.kept[source] = []
+                self.moved += 1
+                continue
             assert start == len(self.prefilled[owner]) < stop < len(owner.prompt)
             self.cache[target][start:stop] = self.cache[source][start:stop]
             self.prefilled[owner] += owner.prompt[start:stop]
@@ -116,7 +139,7 @@ class Machine:
         assert 0 <= batch.start < rows.stop <= self.runtime.max_batch_size
         assert len(batch.positions) == len(batch.requests) == len(rows)
         assert max(len(tokens) for tokens in batch.tokens) == batch.width
-        decoding = batch.width == 1
+        decoding = all(request is None or request.output for request in batch.requests)
         assert 1 <= len(rows) * batch.width <= self.runtime.chunk_size or len(rows) == 1 or decoding, "padding counts"
         assert batch.width <= self.runtime.chunk_size
         assert batch.length <= self.runtime.max_seq_len
@@ -145,9 +168,9 @@ class Machine:
         history = [*request.prompt, *request.output]
         wanted = batch.wanted[row - batch.start]
         assert position == request.n_cached
-        assert history[position : position + len(tokens)] == tokens
+        assert history[position : position + len(tokens)] == tokens[: len(history) - position]
         if position < len(request.prompt):
-            assert not any(other and other.n_cached >= len(other.prompt) for other in batch.requests), "nobody decodes"
+            assert not any(other and other.output for other in batch.requests), "nobody decodes"
             self.prefilled[request] += tokens
             assert self.prefilled[request] == request.prompt[: position + len(tokens)], "each once and in order"
             last = position + len(tokens) == len(request.prompt)
@@ -155,8 +178,9 @@ class Machine:
             assert wanted == (len(tokens) if request.scores_prompt else last)
         else:
             assert position == request.n_tokens - 1
-            assert tokens == [request.output[-1]]
-            assert wanted == 1
+            assert tokens[0] == request.output[-1]
+            assert wanted == len(tokens) <= request.params.speculate + 1
+            assert position + len(tokens) < len(request.prompt) + request.n_max + 1, "no guess beyond the end"
 
 
 def rows_of(batch: Batch | None) -> list[int]:
