@@ -151,7 +151,7 @@ def choose_rope_theta(found: Any, given: float | None, where: str) -> Any:
     if found is None and given is None:
         raise CheckpointError(
             f"{where} has no rope_theta, and a wrong one breaks the model silently: pass "
-            f"rope_theta=1000000.0 for Code Llama (10000.0 for 70B Python and Instruct, and for Llama 2)"
+            f"rope_theta=1000000.0 for Code Llama (10000.0 for 70B Python and Instruct, Llama 2 and CodeGemma)"
         )
     if found is not None and given is not None and found != given:
         raise CheckpointError(f"rope_theta {given} was given, but {where} says {shown(found)}")

@@ -271,6 +271,7 @@ def test_converting_keeps_every_bit(saved: dict[str, Path], files: dict[str, Pat
         before, after = open_checkpoint(source), open_checkpoint(target)
         assert after.args == before.args
         assert all(torch.equal(before.read(tensor), after.read(tensor)) for tensor in before.names())
+        assert verify(source, full=True).ok
         assert verify(target, full=True).ok
     convert(tmp_path / "ckpt", tmp_path / "again", format="huggingface")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "ckpt" / WEIGHTS).read_bytes()
