@@ -8,7 +8,8 @@ import pytest
 
 from codellama.config import SamplingParams
 from codellama.errors import ContextLengthError, PromptError
-from codellama.generation.request import Completion, Delta, GeneratedText, Request, StopString, TokenScore, check_ids
+from codellama.generation.request import Completion, Delta, GeneratedText, Request, TokenScore, check_ids
+from codellama.generation.stop_string import StopString
 from codellama.tokenizer import Tokenizer
 from tests.support import bpe
 
