@@ -150,6 +150,11 @@ def _check_quantization(checkpoint: Checkpoint, source: Path, quantization: Quan
             f"{source} is quantized already, as {checkpoint.quantization}, and rounding twice costs twice: convert the "
             f"original weights, or copy the folder"
         )
+    if beyond := checkpoint.args.beyond_params:
+        listed = ", ".join(f"{name} {value}" for name, value in beyond.items())
+        raise QuantizationError(
+            f"a file of codes describes Llama only, and has no words for {listed}: quantize at load"
+        )
     quantization.check(rank_inputs(checkpoint.args, 1))
 
 

@@ -18,7 +18,7 @@ from codellama.checkpoint.buffers import memory_of
 from codellama.checkpoint.layout import is_matrix, tensor_shapes
 from codellama.checkpoint.quantized import FORMAT, VERSION, WEIGHTS, stored_tensors
 from codellama.checkpoint.safetensors_header import header_bytes, place_tensors
-from codellama.config import ModelArgs
+from codellama.config import BEYOND_PARAMS, ModelArgs
 from codellama.errors import CheckpointError
 from codellama.linear.int4 import quantize_int4
 from codellama.linear.int8 import quantize_int8
@@ -47,7 +47,7 @@ def write_quantized(
         CheckpointError: a number of a matrix is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    params = {key: value for key, value in asdict(args).items() if value is not None}
+    params = {key: value for key, value in asdict(args).items() if value is not None and key not in BEYOND_PARAMS}
     metadata = {"format": FORMAT, "version": VERSION, "quantize": str(quantization), "params": json.dumps(params)}
     entries = place_tensors(stored_tensors(args, quantization, dtypes))
     shapes = tensor_shapes(args)

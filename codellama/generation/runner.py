@@ -4,6 +4,7 @@ Shapes: B rows of the batch, T new tokens per row, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,14 +41,14 @@ class Runner:
         rows, width = len(batch.tokens), batch.width
         lengths = [len(row) for row in batch.tokens]
         padded = [[*row, *[0] * (width - length)] for row, length in zip(batch.tokens, lengths, strict=True)]
-        tokens = torch.tensor(padded, device=self.device)  # [B, T]
+        tokens = self._send(padded)  # [B, T]
         if any(row and row[0] == LAST_DRAWN for row in batch.tokens):
             last = self.drawn[batch.start : batch.start + rows, None]
             tokens = torch.where(tokens == LAST_DRAWN, last, tokens)
         steps = torch.arange(width, device=self.device)
-        positions = torch.tensor(batch.positions, device=self.device)[:, None] + steps  # [B, T]
+        positions = self._send(batch.positions)[:, None] + steps  # [B, T]
         if min(lengths) < width:  # behind a row's end, and in rows that run along, nothing is written
-            positions = torch.where(steps < torch.tensor(lengths, device=self.device)[:, None], positions, -1)
+            positions = torch.where(steps < self._send(lengths)[:, None], positions, -1)
         view = self.cache.rows(batch.start, batch.start + rows).first(batch.length)
         hidden = self._select(self.model(tokens, positions, view), batch, lengths)
         tile = logits_tile(self.model.args.vocab_size, hidden.element_size())
@@ -67,11 +68,16 @@ class Runner:
             for row, (length, wanted) in enumerate(zip(lengths, batch.wanted, strict=True))
             for at in range(length - wanted, length)
         ]
-        return flat[torch.tensor(index, dtype=torch.int64, device=self.device)]
+        return flat[self._send(index)]
 
     def keep(self, rows: Sequence[int], drawn: Sequence[Tensor]) -> None:
         """Remember the id `[]` that each of these rows has drawn, for a batch that says LAST_DRAWN."""
-        self.drawn[torch.tensor(rows, device=self.device)] = torch.stack(list(drawn))
+        self.drawn[self._send(rows)] = torch.stack(list(drawn))
+
+    def _send(self, values: Sequence[Any]) -> Tensor:
+        """Make a tensor of integers on the device. A plain transfer would wait for all that a GPU has still to do."""
+        tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def forget(self) -> None:
         """Clear the cache, which may hold NaN after a failure."""

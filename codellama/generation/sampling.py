@@ -160,11 +160,15 @@ def _add(logits: Tensor, ids: Sequence[int], values: Tensor) -> Tensor:
 
 
 def keep_top_k(probs: Tensor, top_k: Sequence[int]) -> Tensor:
-    """Zero all but the most probable tokens of each row, `[B, V]`, as many as it says."""
-    kept = probs.topk(max(top_k))
-    ranks = torch.arange(max(top_k), device=probs.device)
-    values = torch.where(ranks < torch.tensor(top_k, device=probs.device)[:, None], kept.values, 0)
-    return torch.zeros_like(probs).scatter(1, kept.indices, values)
+    """Zero all but the most probable tokens of each row, `[B, V]`, as many as it says.
+
+    Each row by itself: which of equal ones are kept must not depend on how many a neighbour keeps.
+    """
+    kept = torch.zeros_like(probs)
+    for row, count in enumerate(top_k):
+        best = probs[row].topk(count)
+        kept[row].scatter_(0, best.indices, best.values)
+    return kept
 
 
 def keep_top_p(probs: Tensor, top_p: Tensor) -> Tensor:

@@ -51,16 +51,16 @@ def test_an_interrupted_answer_leaves_the_generator_whole(llama: Llama, monkeypa
     expected = list(model.stream(DIALOG, settings))
     steps = []
 
-    take = llama.engine._take
+    draw = llama.engine._draw
 
-    def interrupt(*given: Any) -> None:
+    def interrupt(*given: Any) -> Any:
         steps.append(given)
         if len(steps) == 3:
             raise KeyboardInterrupt
-        take(*given)
+        return draw(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llama.engine, "_take", interrupt)
+        patch.setattr(llama.engine, "_draw", interrupt)
         with pytest.raises(KeyboardInterrupt):
             list(model.stream(DIALOG, settings))
     pieces = model.stream(DIALOG, settings)
