@@ -163,15 +163,20 @@ class RuntimeArgs:
         max_seq_len: tokens that one row of the cache holds, prompt and generation together.
         max_batch_size: rows of the cache, so requests that are decoded at once; more wait for a free row.
         chunk_size: a prompt is prefilled in chunks of at most this many tokens.
+        decode: how steps of one token per row run: "eager", as "graph" (CUDA) or through "compile" (torch.compile).
+            None is graph on a GPU, else eager.
     """
 
     max_seq_len: int = 2048
     max_batch_size: int = 4
     chunk_size: int = 2048
+    decode: Literal["eager", "graph", "compile"] | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, _integer(field.name, getattr(self, field.name), 1))
+        for name in ("max_seq_len", "max_batch_size", "chunk_size"):
+            object.__setattr__(self, name, _integer(name, getattr(self, name), 1))
+        if self.decode not in (None, "eager", "graph", "compile"):
+            raise ValueError(f"decode is {self.decode!r}; eager, graph or compile was expected")
 
 
 @dataclass(frozen=True)

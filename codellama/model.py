@@ -141,7 +141,9 @@ class Transformer(nn.Module):
                 layer.matrix = None
         self.to("meta")
 
-    def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None, on_device: bool | None = None
+    ) -> Tensor:
         """Compute the hidden states after the last norm.
 
         Args:
@@ -149,12 +151,13 @@ class Transformer(nn.Module):
             positions: `[B, T]`, rising by one along each row, from 0 where there is no cache. With a cache -1 may
                 follow: nothing is written for such a token, and its result is nobody's.
             cache: the view to write to and attend over, `B` rows and longer than the largest position.
+            on_device: see AttentionPlan.
 
         Returns:
             `[B, T, dim]` in the norms' dtype, the same on every rank.
         """
         hidden: Tensor = self.tok_embeddings(tokens).to(self.norm.weight.dtype)
-        plan = AttentionPlan(positions, self.args, cache)
+        plan = AttentionPlan(positions, self.args, cache, on_device)
         for layer, block in enumerate(self.layers):
             hidden = block(hidden, plan, layer)
         hidden = self.norm(hidden)
