@@ -73,7 +73,8 @@ def assemble(
     kind = choose_dtype(dtype, place)
     use_device(place)
     parallel = join(model_parallel_size, place, on_lost)
-    decode = choose_decode(runtime.decode, place, parallel)
+    dense = quantization is None and kind == compute_dtype(kind, place)
+    decode = choose_decode(runtime.decode, place, parallel, dense)
     first = parallel.world_rank == 0
     if ckpt_dir is None and first:
         logger.info("no ckpt_dir given: using the bundled demo checkpoint, a small model that is not Meta's")
@@ -114,7 +115,7 @@ def equip(
         device=weight.device,
         model_parallel_size=parallel.size,
     )
-    graphs = make_graphs(model, cache, choose_decode(runtime.decode, weight.device, parallel), parallel)
+    graphs = make_graphs(model, cache, runtime.decode, parallel)
     engine = Engine(Runner(model, cache, weight.device, graphs), Scheduler(runtime), parallel)
     prompts = PromptMaker(tokenizer, model.args.vocab_size, runtime.max_seq_len, seed)
     return Parts(model, tokenizer, runtime, parallel, engine, prompts)

@@ -108,7 +108,12 @@ class AttentionPlan:
             assert positions.shape[1] == 1, "longer steps are planned on the host"
             self._slots, self._padded = Slots.on_device(positions), False
             length = cache.keys[0].shape[2]
-            self._groups = [(_ALL, length, _seen(positions, length))]
+            hidden = _seen(positions, length).logical_not()
+            kind = cache.keys[0].dtype if cache.scales is None else torch.float32
+            mask = torch.zeros(
+                hidden.shape, dtype=kind, device=hidden.device
+            )  # a boolean one is converted in each layer
+            self._groups = [(_ALL, length, mask.masked_fill_(hidden, -torch.inf))]
             return
         self._slots = Slots.find(positions)
         spans = self._slots.spans or ()
@@ -171,7 +176,9 @@ class AttentionPlan:
         mixed = torch.zeros_like(grouped) if self._padded else torch.empty_like(grouped)
         for rows, length, mask in self._groups:
             size = len(range(*rows.indices(B)))
-            for heads, tiles in _tiles(K, length, size * D, kind, converted):
+            if mask is not None and mask.is_floating_point():
+                mask = mask.to(kind)
+            for heads, tiles in _tiles(K, length, size * D, kind, converted, whole=mask is not None):
                 part = grouped[rows, heads]
                 if len(tiles) == 1:
                     keys, values = self._read(layer, rows, heads, tiles[0], kind)
@@ -256,11 +263,14 @@ def _group(slots: Slots, positions: Tensor, cache: KVCache) -> list[tuple[slice,
 
 
 def _tiles(
-    n_heads: int, length: int, head_dim: int, kind: torch.dtype, converted: bool
+    n_heads: int, length: int, head_dim: int, kind: torch.dtype, converted: bool, whole: bool = False
 ) -> Iterator[tuple[slice, list[slice]]]:
-    """Heads, and the positions of each tile of theirs; numbers that are converted come in tiles of READ_BYTES."""
+    """Heads, and the positions of each tile of theirs; numbers that are converted come in tiles of READ_BYTES.
+
+    A tile of a `whole` has all positions, and so at least one head, whatever it takes.
+    """
     fitting = max(1, READ_BYTES // (2 * head_dim * kind.itemsize)) if converted else max(1, n_heads * length)
-    size = min(max(1, length), fitting)
+    size = max(1, length) if whole else min(max(1, length), fitting)
     step = max(1, fitting // size) if converted else n_heads
     for first in range(0, n_heads, step):
         yield (

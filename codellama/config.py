@@ -155,6 +155,10 @@ def _hidden_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) ->
     return -(-hidden // multiple_of) * multiple_of
 
 
+Decode = Literal["eager", "graph", "compile"]
+"""How a step of one token for each row runs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RuntimeArgs:
     """How the model is run.
@@ -170,7 +174,7 @@ class RuntimeArgs:
     max_seq_len: int = 2048
     max_batch_size: int = 4
     chunk_size: int = 2048
-    decode: Literal["eager", "graph", "compile"] | None = None
+    decode: Decode | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_seq_len", "max_batch_size", "chunk_size"):

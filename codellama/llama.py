@@ -14,7 +14,7 @@ from typing import Unpack
 import torch
 
 from codellama.assembly import DEMO, Parts, assemble, equip
-from codellama.config import RuntimeArgs
+from codellama.config import Decode, RuntimeArgs
 from codellama.errors import PromptError
 from codellama.generation.prompt import Prompt
 from codellama.generation.request import Completion
@@ -70,9 +70,7 @@ class Llama:
     def _hold(self, parts: Parts) -> None:
         self.model, self.tokenizer, self.runtime = parts.model, parts.tokenizer, parts.runtime
         self.parallel, self.engine, self.prompts = parts.parallel, parts.engine, parts.prompts
-        self._turns = Turns()
-        self._closed = False
-        self._streams = OpenStreams()
+        self._turns, self._streams, self._closed = Turns(), OpenStreams(), False
         if self.parallel.world is not None:
             atexit.register(self._streams.close)  # while the other ranks can still be told
 
@@ -92,6 +90,7 @@ class Llama:
         progress: bool | None = None,
         checkpoint_format: str | None = None,
         quantize: str | None = None,
+        decode: Decode | None = None,
     ) -> "Llama":
         """Load a checkpoint, on one process or on as many as torchrun started.
 
@@ -109,6 +108,7 @@ class Llama:
             chunk_size: prompts are prefilled in chunks of so many tokens.
             checkpoint_format: meta, huggingface or gguf, for a folder that holds several; None finds it.
             quantize: "int8", "int4", "int4-g64" or "int4-g128" rounds the matrices as they are loaded.
+            decode: how single tokens are computed; None is "graph" on a GPU, else "eager". See docs/generation.md.
             progress: show a loading bar; None is on world rank 0 when stderr is a terminal.
 
         Raises:
@@ -117,7 +117,8 @@ class Llama:
             MemoryBudgetError: weights, cache and workspace do not fit.
             RankError: another rank is gone.
         """
-        runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size)
+        runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size,
+                              decode=decode)  # fmt: skip
         llama = Llama.__new__(Llama)
         llama._hold(assemble(ckpt_dir, tokenizer_path, runtime, model_parallel_size, device, dtype, seed, rope_theta,
                              checkpoint_format, progress, quantize))  # fmt: skip

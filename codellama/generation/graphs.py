@@ -10,14 +10,15 @@ Shapes: R rows from the first of the cache on, S positions of them, V vocabulary
 from collections.abc import Callable
 from itertools import pairwise
 from types import FunctionType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from codellama.cache import KVCache
+from codellama.config import Decode
 from codellama.errors import ParallelSizeError
 from codellama.generation.scheduler import Batch
+from codellama.linear import Dense
 from codellama.model import Transformer
 from codellama.parallel import Parallel
 
@@ -65,17 +66,26 @@ def _powers(first: int, below: int) -> list[int]:
     return found
 
 
-def choose_decode(
-    decode: Literal["eager", "graph", "compile"] | None, device: torch.device, parallel: Parallel
-) -> Literal["eager", "graph", "compile"]:
+def choose_decode(decode: Decode | None, device: torch.device, parallel: Parallel, dense: bool) -> Decode:
     """Take the way to decode that is asked for, or a device's own: graphs on a GPU, else eager.
 
+    Args:
+        decode: None is the device's own.
+        device: where the model is.
+        parallel: this rank's place.
+        dense: the matrices are held in the dtype in which they are multiplied.
+
     Raises:
-        ValueError: graphs without a GPU.
+        ValueError: graphs without a GPU, or a CPU's own kernels, which torch.compile does not know.
         ParallelSizeError: ranks that talk in a way that cannot be part of a graph, or of compiled code.
     """
     if decode == "graph" and device.type != "cuda":
         raise ValueError(f"decode is 'graph', but {device} has no CUDA graphs; 'eager' or 'compile' was expected")
+    if decode == "compile" and device.type == "cpu" and not dense:
+        raise ValueError(
+            "decode is 'compile', but a CPU's products of packed weights cannot be compiled; 'eager' was expected, or "
+            "neither quantize nor dtype float16"
+        )
     if decode == "compile" and parallel.size > 1:
         raise ParallelSizeError(f"decode is 'compile' on {parallel.size} ranks; on several, 'eager' or 'graph' works")
     if decode == "graph" and not parallel.capturable:
@@ -228,17 +238,19 @@ class CudaRecorder:
         return graph.replay
 
 
-def make_graphs(
-    model: Transformer, cache: KVCache, decode: Literal["eager", "graph", "compile"], parallel: Parallel
-) -> DecodeGraphs | None:
-    """Make and record the steps of a model, as `choose_decode` chose; None where each step is computed anew.
+def make_graphs(model: Transformer, cache: KVCache, decode: Decode | None, parallel: Parallel) -> DecodeGraphs | None:
+    """Make and record the steps of a model, as `choose_decode` chooses; None where each step is computed anew.
 
     Graphs are recorded now, so that no step waits for it later. What is compiled takes too long for that: each shape
     is, on its first use.
     """
+    device = cache.keys[0].device
+    held = (layer.matrix for layers in model.matrices() for layer in layers)
+    decode = choose_decode(
+        decode, device, parallel, all(matrix is None or isinstance(matrix, Dense) for matrix in held)
+    )
     if decode == "eager":
         return None
-    device = cache.keys[0].device
     record = CudaRecorder(device) if device.type == "cuda" else run_plainly
     graphs = DecodeGraphs(model, cache, record, compiled=decode == "compile")
     if decode == "graph":
