@@ -175,6 +175,13 @@ def test_runtime_args_are_positive_integers(name: str, value: object, error: typ
     assert getattr(RuntimeArgs(**{name: 1}), name) == 1
 
 
+def test_how_to_decode_is_one_of_three() -> None:
+    ways = ["eager", "graph", "compile", None]
+    assert [RuntimeArgs(decode=way).decode for way in ways] == ways
+    with pytest.raises(ValueError, match="^decode is 'fast'; eager, graph or compile was expected"):
+        RuntimeArgs(decode="fast")
+
+
 @pytest.mark.parametrize(
     ("name", "good", "outside"),
     [

@@ -39,6 +39,7 @@ def serve(
     device: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    decode: str | None = None,
     checkpoint_format: str | None = None,
 ) -> None:
     """Serve an OpenAI-compatible API to editors and chat clients.
@@ -63,13 +64,19 @@ def serve(
         model_id (NAME): what clients see as the name of the model.
         max_batch_size: answers that are generated at once.
         chunk_size: tokens of a prompt that are read between two steps of the others.
+        decode (WAY): eager, graph or compile; without it, graph on a GPU, else eager. See docs/generation.md.
 
     Examples:
         codellama serve --ckpt_dir CodeLlama-7b-Instruct
         codellama serve --ckpt_dir CodeLlama-7b-Instruct --max_seq_len 8192 --port 8080
         torchrun --nproc_per_node 2 -m codellama serve --ckpt_dir CodeLlama-13b-Instruct
     """
-    runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size)
+    runtime = RuntimeArgs(
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        chunk_size=chunk_size,
+        decode=decode,  # type: ignore[arg-type]  # it is checked there
+    )
     Quantization.parse(quantize)
     settings = Settings(
         host=host,

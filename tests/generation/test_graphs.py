@@ -249,6 +249,7 @@ def test_a_wrong_choice_is_told_before_files_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile imports it by itself
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler, which torch.compile needs")
 def test_a_compiled_step_is_an_eager_one(tmp_path: Path) -> None:
     args = replace(tiny.ARGS, n_layers=1)
