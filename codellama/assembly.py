@@ -17,6 +17,7 @@ from codellama.config import RuntimeArgs
 from codellama.device import choose_device, choose_dtype, compute_dtype, free_memory, use_device
 from codellama.errors import RankError
 from codellama.generation.engine import Engine
+from codellama.generation.graphs import choose_decode, decode_shapes, make_graphs
 from codellama.generation.prompt import PromptMaker
 from codellama.generation.runner import Runner
 from codellama.generation.scheduler import Scheduler
@@ -72,6 +73,8 @@ def assemble(
     kind = choose_dtype(dtype, place)
     use_device(place)
     parallel = join(model_parallel_size, place, on_lost)
+    dense = asked is None and kind == compute_dtype(kind, place)
+    decode = choose_decode(runtime.decode, place, parallel, dense)
     first = parallel.world_rank == 0
     if ckpt_dir is None and first:
         logger.info("no ckpt_dir given: using the bundled demo checkpoint, a small model that is not Meta's")
@@ -84,7 +87,8 @@ def assemble(
     def check() -> str:
         parallel.check_divides(checkpoint.args)
         itemsize = compute_dtype(kind, place).itemsize
-        budget = plan_budget(checkpoint.args, runtime, parallel.size, itemsize, kind.itemsize, quantization)
+        graphs = len(decode_shapes(runtime.max_batch_size, runtime.max_seq_len)) if decode == "graph" else 0
+        budget = plan_budget(checkpoint.args, runtime, parallel.size, itemsize, kind.itemsize, quantization, graphs)
         free = free_memory(place)
         budget.check(free)
         return budget.describe(free)
@@ -112,6 +116,7 @@ def equip(
         device=weight.device,
         model_parallel_size=parallel.size,
     )
-    engine = Engine(Runner(model, cache, weight.device), Scheduler(runtime), parallel)
+    graphs = make_graphs(model, cache, runtime.decode, parallel)
+    engine = Engine(Runner(model, cache, weight.device, graphs), Scheduler(runtime), parallel)
     prompts = PromptMaker(tokenizer, model.args.vocab_size, runtime.max_seq_len, seed)
     return Parts(model, tokenizer, runtime, parallel, engine, prompts)

@@ -280,8 +280,10 @@ def _number_kind(query: Tensor, cache: KVCache, queries: int) -> torch.dtype:
     """The dtype to attend in: on a CPU float32 for few queries, where 16-bit attention is slower, and for codes."""
     if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
         return query.dtype
+    if queries < _MANY or torch.compiler.is_compiling():  # which cannot ask the machine
+        return torch.float32
     computes = query.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return query.dtype if computes and queries >= _MANY and cache.scales is None else torch.float32
+    return query.dtype if computes and cache.scales is None else torch.float32
 
 
 def _seen(positions: Tensor, length: int) -> Tensor:

@@ -185,6 +185,10 @@ def _hidden_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) ->
     return -(-hidden // multiple_of) * multiple_of
 
 
+Decode = Literal["eager", "graph", "compile"]
+"""How a step of one token for each row runs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RuntimeArgs:
     """How the model is run.
@@ -194,18 +198,23 @@ class RuntimeArgs:
         max_batch_size: rows of the cache, so requests that are decoded at once; more wait for a free row.
         chunk_size: a prompt is prefilled in chunks of at most this many tokens.
         cache_dtype: "int8" holds keys and values in 8 bits; None in the dtype of the model.
+        decode: how steps of one token per row run: "eager", as "graph" (CUDA) or through "compile" (torch.compile).
+            None is eager: graphs have not run on a GPU yet.
     """
 
     max_seq_len: int = 2048
     max_batch_size: int = 4
     chunk_size: int = 2048
     cache_dtype: str | None = None
+    decode: Decode | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_seq_len", "max_batch_size", "chunk_size"):
             object.__setattr__(self, name, _integer(name, getattr(self, name), 1))
         if self.cache_dtype not in (None, "int8"):
             raise ValueError(f"cache_dtype is {self.cache_dtype!r}; 'int8' was expected, or None for the model's own")
+        if self.decode not in (None, "eager", "graph", "compile"):
+            raise ValueError(f"decode is {self.decode!r}; eager, graph or compile was expected")
 
 
 _RANGES = (

@@ -14,7 +14,7 @@ from typing import Unpack
 import torch
 
 from codellama.assembly import DEMO, Parts, assemble, equip
-from codellama.config import RuntimeArgs
+from codellama.config import Decode, RuntimeArgs
 from codellama.generation.prompt import Prompt
 from codellama.generation.request import Completion
 from codellama.model import Transformer
@@ -72,9 +72,7 @@ class Llama:
     def _hold(self, parts: Parts) -> None:
         self.model, self.tokenizer, self.runtime = parts.model, parts.tokenizer, parts.runtime
         self.parallel, self.engine, self.prompts = parts.parallel, parts.engine, parts.prompts
-        self._turns = Turns()
-        self._closed = False
-        self._streams = OpenStreams()
+        self._turns, self._streams, self._closed = Turns(), OpenStreams(), False
         if self.parallel.world is not None:
             atexit.register(self._streams.close)  # while the other ranks can still be told
 
@@ -95,6 +93,7 @@ class Llama:
         progress: bool | None = None,
         checkpoint_format: str | None = None,
         quantize: str | None = None,
+        decode: Decode | None = None,
     ) -> "Llama":
         """Load a checkpoint, on one process or on as many as torchrun started.
 
@@ -112,6 +111,7 @@ class Llama:
             cache_dtype: "int8" holds keys and values in 8 bits, so that rows can be longer; None in the model's dtype.
             checkpoint_format: meta, huggingface, gguf or quantized, for a folder that holds several; None finds it.
             quantize: "int8", "int4", "int4-g64" or "int4-g128" rounds matrices as they are loaded, if they are not yet.
+            decode: "eager" (None), "graph" (CUDA) or "compile": how single tokens are computed; see docs/generation.md.
             progress: show a loading bar; None is on world rank 0 when stderr is a terminal.
 
         Raises:
@@ -121,7 +121,7 @@ class Llama:
             RankError: another rank is gone.
         """
         runtime = RuntimeArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size,
-                              cache_dtype=cache_dtype)  # fmt: skip
+                              cache_dtype=cache_dtype, decode=decode)  # fmt: skip
         llama = Llama.__new__(Llama)
         llama._hold(assemble(ckpt_dir, tokenizer_path, runtime, model_parallel_size, device, dtype, seed, rope_theta,
                              checkpoint_format, progress, quantize))  # fmt: skip

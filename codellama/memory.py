@@ -24,6 +24,11 @@ READ_BYTES = 4 * 2**20
 UNPACKED_BYTES = 96 * 2**20
 """Bound of what is unpacked of a quantized matrix at once, with all that it is made of."""
 
+GRAPH_NODE_BYTES = 64 * 2**10
+"""What a GPU keeps for each kernel of a CUDA graph: drivers before CUDA 12.4 so much, later ones less."""
+
+_LAYER_NODES, _END_NODES = 48, 32  # kernels of a decode step, in each layer and around them
+
 LOGITS_BYTES = 16 * 2**20
 """Bound of the logits that exist at once where a prompt is scored, with all that is made of them."""
 
@@ -39,6 +44,7 @@ class Budget:
         itemsize: bytes of one number in the cache and of one activation.
         held: bytes of one weight that is not quantized; None is as many.
         quantization: how the matrices are held.
+        graphs: decode steps that are recorded as CUDA graphs, one for each shape.
     """
 
     args: ModelArgs
@@ -47,6 +53,7 @@ class Budget:
     itemsize: int
     held: int | None = None
     quantization: Quantization | None = None
+    graphs: int = 0
 
     @property
     def weights(self) -> int:
@@ -94,7 +101,8 @@ class Budget:
         widest = max(args.vocab_size // self.size, 2 * args.hidden_dim // self.size)  # outputs of one matrix
         unpacked = min(UNPACKED_BYTES, 6 * self.itemsize * widest * args.dim) if self.quantization else 0
         sampling = 6 * 8 * rows * args.vocab_size  # in float64
-        return unpacked + max(prefill, score, decode + sampling)
+        recorded = self._graph_bytes + unpacked + decode if self.graphs else 0
+        return unpacked + max(prefill, score, decode + sampling) + recorded
 
     @property
     def total(self) -> int:
@@ -123,6 +131,8 @@ class Budget:
             advice = "even without a cache it does not fit: spread it over more ranks, or use a smaller dtype"
         if smaller and self.quantization is None:
             advice += f", and quantize={smaller[0]!r} fits as it is"
+        if self.graphs and replace(self, graphs=0).total <= free:
+            advice += ", and so does decode='eager', without CUDA graphs"
         raise MemoryBudgetError(f"{self.describe(free)}: {advice}")
 
     def describe(self, free: int | None) -> str:
@@ -136,6 +146,12 @@ class Budget:
     @property
     def _heads_dim(self) -> int:
         return self.args.heads_dim // self.size
+
+    @property
+    def _graph_bytes(self) -> int:
+        """What is kept of the recorded steps beside the memory in which they run, which they share."""
+        nodes = self.args.n_layers * _LAYER_NODES + _END_NODES
+        return self.graphs * nodes * GRAPH_NODE_BYTES + self.runtime.max_batch_size * 4 * self.args.vocab_size
 
     @property
     def _kv_dim(self) -> int:
@@ -166,9 +182,10 @@ def plan_budget(
     itemsize: int,
     held: int | None = None,
     quantization: Quantization | None = None,
+    graphs: int = 0,
 ) -> Budget:
     """Add up what a rank needs; see Budget for the arguments."""
-    return Budget(args, runtime, size, itemsize, held, quantization)
+    return Budget(args, runtime, size, itemsize, held, quantization, graphs)
 
 
 def logits_bytes(vocab_size: int, itemsize: int) -> int:

@@ -161,7 +161,9 @@ class Transformer(nn.Module):
                 layer.matrix = None
         self.to("meta")
 
-    def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None, on_device: bool | None = None
+    ) -> Tensor:
         """Compute the hidden states after the last norm.
 
         Args:
@@ -169,6 +171,7 @@ class Transformer(nn.Module):
             positions: `[B, T]`, rising by one along each row, from 0 where there is no cache. With a cache -1 may
                 follow: nothing is written for such a token, and its result is nobody's.
             cache: the view to write to and attend over, `B` rows and longer than the largest position.
+            on_device: see AttentionPlan.
 
         Returns:
             `[B, T, dim]` in the norms' dtype, the same on every rank.
@@ -178,7 +181,7 @@ class Transformer(nn.Module):
             embedding = self.tok_embeddings.weight
             scale = torch.full((), self.args.embedding_scale, dtype=embedding.dtype, device=embedding.device)
             hidden = hidden * scale.to(hidden.dtype)
-        plan = AttentionPlan(positions, self.args, cache)
+        plan = AttentionPlan(positions, self.args, cache, on_device)
         for layer, block in enumerate(self.layers):
             hidden = block(hidden, plan, layer)
         hidden = self.norm(hidden)

@@ -56,6 +56,11 @@ class Parallel:
         """True on the rank that decides tokens for its replica."""
         return self.rank == 0
 
+    @property
+    def capturable(self) -> bool:
+        """True where the collectives of the model can be part of a CUDA graph: there are none, or they are NCCL's."""
+        return self.group is None or dist.get_backend(self.group) == "nccl"
+
     def as_replica(self) -> "Parallel":
         """This place with its replica as its whole world: for replicas that work without each other."""
         return replace(self, n_replicas=1, world=self.channel)

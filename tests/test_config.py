@@ -182,6 +182,13 @@ def test_an_unknown_cache_dtype_is_refused(value: object) -> None:
     assert RuntimeArgs(cache_dtype="int8").cache_dtype == "int8"
 
 
+def test_how_to_decode_is_one_of_three() -> None:
+    ways = ["eager", "graph", "compile", None]
+    assert [RuntimeArgs(decode=way).decode for way in ways] == ways
+    with pytest.raises(ValueError, match=r"^decode is 'fast'; eager, graph or compile was expected"):
+        RuntimeArgs(decode="fast")
+
+
 @pytest.mark.parametrize(
     ("name", "good", "outside"),
     [

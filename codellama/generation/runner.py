@@ -4,6 +4,7 @@ Shapes: B rows of the batch, T new tokens per row, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import compress, count
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from codellama.cache import KVCache
 from codellama.generation.batch import LAST_DRAWN, Batch
+from codellama.generation.graphs import DecodeGraphs
 from codellama.memory import logits_tile
 from codellama.model import Transformer
 
@@ -22,10 +24,13 @@ class Runner:
         drawn: the id that was drawn last in each row, int64 `[rows]`, as far as ids are read late.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, device: torch.device) -> None:
-        """Run this model with this cache, both on device."""
+    def __init__(
+        self, model: Transformer, cache: KVCache, device: torch.device, graphs: DecodeGraphs | None = None
+    ) -> None:
+        """Run this model with this cache, both on device; the steps that are recorded, from there."""
         self.model = model
         self.cache = cache
+        self.graphs = graphs
         self.device = device
         self.drawn = torch.zeros(cache.n_rows, dtype=torch.int64, device=device)
 
@@ -33,11 +38,15 @@ class Runner:
     def run(self, batch: Batch) -> Iterator[Tensor]:
         """Run a batch and yield float32 logits `[n, V]` of the tokens that it wants them of, row by row, in pieces.
 
-        Every rank must take all pieces, since each is computed by all of them together.
+        Every rank must take all pieces, since each is computed by all of them together. A piece is valid until the
+        next batch.
         """
         for source, target, start, stop in batch.copies:
             self.cache.copy_row_(source, target, stop, start)
             self.drawn[target] = self.drawn[source]
+        if self.graphs is not None and (logits := self.graphs.run(batch, self.drawn)) is not None:
+            yield logits if all(batch.wanted) else logits[self._send([*compress(count(), batch.wanted)])]
+            return
         rows, width = len(batch.tokens), batch.width
         lengths = [len(row) for row in batch.tokens]
         padded = [[*row, *[0] * (width - length)] for row, length in zip(batch.tokens, lengths, strict=True)]
@@ -85,6 +94,8 @@ class Runner:
 
     def free(self) -> None:
         """Give the memory of weights and cache back; nothing can run afterwards."""
+        if self.graphs is not None:
+            self.graphs.free()
         self.model.release()
         self.cache.free()
         if self.device.type == "cuda":

@@ -40,6 +40,7 @@ def serve(
     device: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    decode: str | None = None,
     checkpoint_format: str | None = None,
 ) -> None:
     """Serve an OpenAI-compatible API to editors and chat clients.
@@ -65,6 +66,7 @@ def serve(
         max_batch_size: answers that are generated at once.
         chunk_size: tokens of a prompt that are read between two steps of the others.
         cache_dtype (NAME): int8 holds keys and values in 8 bits, for longer or more rows; without it, as the model is.
+        decode (WAY): eager, graph (CUDA) or compile: how single tokens are computed; without it, eager.
 
     Examples:
         codellama serve --ckpt_dir CodeLlama-7b-Instruct
@@ -72,7 +74,11 @@ def serve(
         torchrun --nproc_per_node 2 -m codellama serve --ckpt_dir CodeLlama-13b-Instruct
     """
     runtime = RuntimeArgs(
-        max_seq_len=max_seq_len, max_batch_size=max_batch_size, chunk_size=chunk_size, cache_dtype=cache_dtype
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        chunk_size=chunk_size,
+        cache_dtype=cache_dtype,
+        decode=decode,  # type: ignore[arg-type]  # it is checked there
     )
     Quantization.parse(quantize)
     settings = Settings(
