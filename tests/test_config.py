@@ -178,7 +178,7 @@ def test_runtime_args_are_positive_integers(name: str, value: object, error: typ
 def test_how_to_decode_is_one_of_three() -> None:
     ways = ["eager", "graph", "compile", None]
     assert [RuntimeArgs(decode=way).decode for way in ways] == ways
-    with pytest.raises(ValueError, match="^decode is 'fast'; eager, graph or compile was expected"):
+    with pytest.raises(ValueError, match=r"^decode is 'fast'; eager, graph or compile was expected"):
         RuntimeArgs(decode="fast")
 
 

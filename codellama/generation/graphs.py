@@ -7,6 +7,8 @@ requests or of sampling, and prompts are not read here.
 Shapes: R rows from the first of the cache on, S positions of them, V vocabulary.
 """
 
+import logging
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from types import FunctionType
@@ -21,6 +23,8 @@ from codellama.generation.scheduler import Batch
 from codellama.linear import Dense
 from codellama.model import Transformer
 from codellama.parallel import Parallel
+
+logger = logging.getLogger(__name__)
 
 Step = Callable[[], object]
 Recorder = Callable[[Step], Step]
@@ -165,6 +169,7 @@ class DecodeGraphs:
         """Let go of what was recorded, before what it reads is freed; nothing can run afterwards."""
         self._steps.clear()
         self._shapes = []
+        self._inputs, self._logits = (torch.empty(0, dtype=kept.dtype) for kept in (self._inputs, self._logits))
 
     def _find(self, batch: Batch) -> tuple[int, int] | None:
         """The smallest shape that holds a batch; None if it has none, or one that is mostly empty."""
@@ -254,6 +259,9 @@ def make_graphs(model: Transformer, cache: KVCache, decode: Decode | None, paral
     record = CudaRecorder(device) if device.type == "cuda" else run_plainly
     graphs = DecodeGraphs(model, cache, record, compiled=decode == "compile")
     if decode == "graph":
+        start = time.perf_counter()
         with parallel.lockstep():  # the others wait in a collective where this rank fails
             graphs.prepare()
+        if parallel.world_rank == 0:
+            logger.info("recorded %d decode steps in %.1f s", graphs.captures, time.perf_counter() - start)
     return graphs

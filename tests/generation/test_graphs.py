@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from codellama.cache import KVCache
 from codellama.config import RuntimeArgs, SamplingParams
@@ -254,10 +255,13 @@ def test_a_wrong_choice_is_told_before_files_are_read(tmp_path: Path) -> None:
 def test_a_compiled_step_is_an_eager_one(tmp_path: Path) -> None:
     args = replace(tiny.ARGS, n_layers=1)
     folder = tiny.tiny_checkpoint(tmp_path, args=args)
-    found = []
+    found, compiled = [], counters["stats"]["unique_graphs"]
     for decode in ("eager", "compile"):
         with Llama.build(folder, None, 64, 1, dtype="float32", device="cpu", decode=decode) as llama:
+            graphs = llama.engine._runner.graphs
             found.append(llama.generate([[1, 5, 7], [1, 9]], 12, temperature=0, logprobs=True, stop_token=-1))
+    assert graphs.captures == 1  # one shape, whatever the number of steps
+    assert counters["stats"]["unique_graphs"] == compiled + 1
     (tokens, scores), (compiled_tokens, compiled_scores) = found
     assert compiled_tokens == tokens
     for one, other in zip(scores, compiled_scores, strict=True):
