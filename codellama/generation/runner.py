@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codellama.cache import KVCache
-from codellama.generation.graphs import DecodeGraphs
+from codellama.generation.graphs import DecodeGraphs, forget_workspaces
 from codellama.generation.scheduler import Batch
 from codellama.memory import logits_tile
 from codellama.model import Transformer
@@ -63,4 +63,5 @@ class Runner:
         self.model.release()
         self.cache.free()
         if self._device.type == "cuda":
+            forget_workspaces()
             torch.cuda.empty_cache()
