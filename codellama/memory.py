@@ -24,10 +24,10 @@ READ_BYTES = 4 * 2**20
 UNPACKED_BYTES = 96 * 2**20
 """Bound of what is unpacked of a quantized matrix at once, with all that it is made of."""
 
-GRAPH_NODE_BYTES = 64 * 2**10
-"""What a GPU keeps for each kernel of a CUDA graph: drivers before CUDA 12.4 so much, later ones less."""
+GRAPH_NODE_BYTES = 24 * 2**10
+"""Bound of what a GPU keeps for each kernel of a CUDA graph; not measured by us yet: tests/gpu/test_graphs.py does."""
 
-_LAYER_NODES, _END_NODES = 48, 32  # kernels of a decode step, in each layer and around them
+_LAYER_NODES, _END_NODES, _TILE_NODES = 48, 32, 12  # kernels of a decode step: a layer, around them, a tile unpacked
 
 LOGITS_BYTES = 16 * 2**20
 """Bound of the logits that exist at once where a prompt is scored, with all that is made of them."""
@@ -151,6 +151,9 @@ class Budget:
     def _graph_bytes(self) -> int:
         """What is kept of the recorded steps beside the memory in which they run, which they share."""
         nodes = self.args.n_layers * _LAYER_NODES + _END_NODES
+        if self.quantization:
+            unpacked = replace(self, quantization=None, held=None).weights
+            nodes += _TILE_NODES * (unpacked // (UNPACKED_BYTES // 6) + 4 * self.args.n_layers + 1)
         return self.graphs * nodes * GRAPH_NODE_BYTES + self.runtime.max_batch_size * 4 * self.args.vocab_size
 
     @property

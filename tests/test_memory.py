@@ -59,7 +59,7 @@ def test_graphs_are_planned_and_the_way_without_them_is_named() -> None:
     eager, recorded = (plan_budget(args, RuntimeArgs(), 1, 2, graphs=graphs) for graphs in (0, 9))
     nodes = 9 * (32 * 48 + 32)
     added = recorded.total - eager.total
-    assert nodes * 65_536 < added < nodes * 65_536 + 10e6  # with the memory of one step of four rows, and their logits
+    assert nodes * 24_576 < added < nodes * 24_576 + 10e6  # with the memory of one step of four rows, and their logits
     with pytest.raises(MemoryBudgetError, match="and so does decode='eager', without CUDA graphs"):
         recorded.check(eager.total)
     with pytest.raises(MemoryBudgetError) as caught:

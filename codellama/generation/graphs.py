@@ -7,6 +7,8 @@ requests or of sampling, and prompts are not read here.
 Shapes: R rows from the first of the cache on, S positions of them, V vocabulary.
 """
 
+import logging
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from types import FunctionType
@@ -21,6 +23,8 @@ from codellama.generation.batch import LAST_DRAWN, Batch
 from codellama.linear import Dense
 from codellama.model import Transformer
 from codellama.parallel import Parallel
+
+logger = logging.getLogger(__name__)
 
 Step = Callable[[], object]
 Recorder = Callable[[Step], Step]
@@ -167,6 +171,7 @@ class DecodeGraphs:
         """Let go of what was recorded, before what it reads is freed; nothing can run afterwards."""
         self._steps.clear()
         self._shapes = []
+        self._inputs, self._logits = (torch.empty(0, dtype=kept.dtype) for kept in (self._inputs, self._logits))
 
     def _find(self, batch: Batch) -> tuple[int, int] | None:
         """The smallest shape that holds a batch; None if it has none, or one that is mostly empty."""
@@ -214,30 +219,37 @@ def run_plainly(step: Step) -> Step:
 
 
 class CudaRecorder:
-    """Makes CUDA graphs that share one pool of memory. They replay on the stream that is current then."""
+    """Makes CUDA graphs that share one pool of memory. They replay on the stream that is current then.
+
+    cuBLAS keeps a workspace for each stream. Nothing else runs on the stream on which graphs are recorded, so that it
+    is made there, in their pool, and is safe as long as they are.
+    """
 
     def __init__(self, device: torch.device) -> None:
         """Make the pool, and a stream to record on."""
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        forget_workspaces()  # streams are given out again, with what another owner left there
 
     def __call__(self, step: Step) -> Step:
-        """Run a step on the side until nothing of it is new, then record it.
+        """Run a step until nothing of it is new, then record it.
 
         Other threads may use CUDA meanwhile (NCCL's watchdog does), so only this one must do nothing that a graph
         cannot hold.
         """
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._device):
             for _ in range(_WARM_UPS):
                 step()
-        current.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                step()  # it has waited for all that was to run before
         return graph.replay
+
+
+def forget_workspaces() -> None:
+    """Let cuBLAS give back what it keeps for each stream; what graphs use stays in their pool as long as they live."""
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def make_graphs(model: Transformer, cache: KVCache, decode: Decode | None, parallel: Parallel) -> DecodeGraphs | None:
@@ -256,6 +268,9 @@ def make_graphs(model: Transformer, cache: KVCache, decode: Decode | None, paral
     record = CudaRecorder(device) if device.type == "cuda" else run_plainly
     graphs = DecodeGraphs(model, cache, record, compiled=decode == "compile")
     if decode == "graph":
+        start = time.perf_counter()
         with parallel.lockstep():  # the others wait in a collective where this rank fails
             graphs.prepare()
+        if parallel.world_rank == 0:
+            logger.info("recorded %d decode steps in %.1f s", graphs.captures, time.perf_counter() - start)
     return graphs

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from codellama.cache import KVCache
 from codellama.generation.batch import LAST_DRAWN, Batch
-from codellama.generation.graphs import DecodeGraphs
+from codellama.generation.graphs import DecodeGraphs, forget_workspaces
 from codellama.memory import logits_tile
 from codellama.model import Transformer
 
@@ -99,4 +99,5 @@ class Runner:
         self.model.release()
         self.cache.free()
         if self.device.type == "cuda":
+            forget_workspaces()
             torch.cuda.empty_cache()

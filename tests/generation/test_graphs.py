@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from codellama.cache import KVCache
 from codellama.config import RuntimeArgs, SamplingParams
@@ -26,9 +27,11 @@ from codellama.generation.graphs import MOST_SHAPES, DecodeGraphs, Recorder, cho
 from codellama.generation.request import Request
 from codellama.generation.runner import Runner
 from codellama.generation.scheduler import Scheduler
+from codellama.linear import make_matrix
 from codellama.llama import Llama
 from codellama.model import Transformer
 from codellama.parallel import Parallel
+from codellama.quantization import Quantization
 from tests.support import tiny
 from tests.support.tape import Log, TapeRecorder, tensors
 
@@ -196,10 +199,20 @@ def test_nothing_is_recorded_after_the_warm_up_in_fifty_mixed_requests(model: Tr
     assert found[1] == found[0]
 
 
-def test_a_step_does_nothing_that_a_cuda_graph_cannot_hold() -> None:
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_step_does_nothing_that_a_cuda_graph_cannot_hold(quantize: str | None, held: torch.dtype) -> None:
     """On the meta device a plan is a GPU's, and a value that the host asks for is an error."""
-    model = Transformer(tiny.ARGS).to(torch.bfloat16).requires_grad_(False)
-    cache = KVCache.allocate(tiny.ARGS, rows=4, max_seq_len=600, dtype=torch.bfloat16, device=torch.device("meta"))
+    meta, args = torch.device("meta"), replace(tiny.ARGS, dim=64, multiple_of=32, head_dim=None)  # groups of 32 divide it
+    model = Transformer(args).to(torch.bfloat16).requires_grad_(False)
+    quantization = Quantization.parse(quantize)
+    for layers in model.matrices() if quantization else ():
+        rows = [layer.local_shape[0] for layer in layers]
+        matrix = make_matrix(sum(rows), layers[0].local_shape[1], *[torch.bfloat16] * 2, meta, quantization)
+        matrix.finish_()
+        for index, layer in enumerate(layers):
+            layer.hold(matrix, sum(rows[:index]))
+    cache = KVCache.allocate(args, rows=4, max_seq_len=600, dtype=held, device=meta)
     with Log() as log:
         DecodeGraphs(model, cache, run_plainly).prepare()
     assert len(log.calls) > 500
@@ -270,10 +283,13 @@ def test_a_wrong_choice_is_told_before_files_are_read(tmp_path: Path) -> None:
 def test_a_compiled_step_is_an_eager_one(tmp_path: Path) -> None:
     args = replace(tiny.ARGS, n_layers=1)
     folder = tiny.tiny_checkpoint(tmp_path, args=args)
-    found = []
+    found, compiled = [], counters["stats"]["unique_graphs"]
     for decode in ("eager", "compile"):
         with Llama.build(folder, None, 64, 1, dtype="float32", device="cpu", decode=decode) as llama:
+            graphs = llama.engine._runner.graphs
             found.append(llama.generate([[1, 5, 7], [1, 9]], 12, temperature=0, logprobs=True, stop_token=-1))
+    assert graphs.captures == 1  # one shape, whatever the number of steps
+    assert counters["stats"]["unique_graphs"] == compiled + 1
     (tokens, scores), (compiled_tokens, compiled_scores) = found
     assert compiled_tokens == tokens
     for one, other in zip(scores, compiled_scores, strict=True):
