@@ -27,7 +27,7 @@ UNPACKED_BYTES = 96 * 2**20
 GRAPH_NODE_BYTES = 24 * 2**10
 """Bound of what a GPU keeps for each kernel of a CUDA graph; not measured by us yet: tests/gpu/test_graphs.py does."""
 
-_LAYER_NODES, _END_NODES, _TILE_NODES = 48, 32, 12  # kernels of a decode step: a layer, around them, a tile unpacked
+_LAYER_NODES, _END_NODES, _TILE_NODES = 56, 40, 12  # kernels of a decode step: a layer, around them, a tile unpacked
 
 LOGITS_BYTES = 16 * 2**20
 """Bound of the logits that exist at once where a prompt is scored, with all that is made of them."""

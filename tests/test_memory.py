@@ -57,9 +57,9 @@ def test_the_longest_max_seq_len_that_is_named_fits_and_the_next_does_not(chunk_
 def test_graphs_are_planned_and_the_way_without_them_is_named() -> None:
     args = ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32016, rope_theta=1e6)
     eager, recorded = (plan_budget(args, RuntimeArgs(), 1, 2, graphs=graphs) for graphs in (0, 9))
-    nodes = 9 * (32 * 48 + 32)
+    nodes = 9 * (32 * 56 + 40)
     added = recorded.total - eager.total
-    assert nodes * 24_576 < added < nodes * 24_576 + 10e6  # with the memory of one step of four rows, and their logits
+    assert nodes * 24_576 < added < nodes * 24_576 + 20e6  # with the memory of one step of four rows, and their logits
     with pytest.raises(MemoryBudgetError, match="and so does decode='eager', without CUDA graphs"):
         recorded.check(eager.total)
     with pytest.raises(MemoryBudgetError) as caught:

@@ -23,12 +23,21 @@ from codellama.config import RuntimeArgs, SamplingParams
 from codellama.errors import ParallelSizeError
 from codellama.generation.batch import LAST_DRAWN, Batch
 from codellama.generation.engine import Engine
-from codellama.generation.graphs import MOST_SHAPES, DecodeGraphs, Recorder, choose_decode, decode_shapes, run_plainly
+from codellama.generation.graphs import (
+    MOST_SHAPES,
+    DecodeGraphs,
+    Recorder,
+    choose_decode,
+    decode_shapes,
+    run_plainly,
+    score_tokens,
+)
 from codellama.generation.request import Request
 from codellama.generation.runner import Runner
 from codellama.generation.scheduler import Scheduler
 from codellama.linear import make_matrix
 from codellama.llama import Llama
+from codellama.memory import GRAPH_NODE_BYTES, plan_budget
 from codellama.model import Transformer
 from codellama.parallel import Parallel
 from codellama.quantization import Quantization
@@ -199,20 +208,27 @@ def test_nothing_is_recorded_after_the_warm_up_in_fifty_mixed_requests(model: Tr
     assert found[1] == found[0]
 
 
-@pytest.mark.parametrize("held", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_a_step_does_nothing_that_a_cuda_graph_cannot_hold(quantize: str | None, held: torch.dtype) -> None:
-    """On the meta device a plan is a GPU's, and a value that the host asks for is an error."""
-    meta, args = torch.device("meta"), replace(tiny.ARGS, dim=64, multiple_of=32, head_dim=None)  # groups of 32 divide it
+def meta_model(quantize: str | None, held: torch.dtype = torch.bfloat16) -> tuple[Transformer, KVCache]:
+    """A model and a cache without numbers. A plan on the meta device is a GPU's; what the host asks for is an error."""
+    meta, args = (
+        torch.device("meta"),
+        replace(tiny.ARGS, dim=64, multiple_of=32, head_dim=None),
+    )  # groups of 32 divide it
     model = Transformer(args).to(torch.bfloat16).requires_grad_(False)
     quantization = Quantization.parse(quantize)
-    for layers in model.matrices() if quantization else ():
+    for layers in model.matrices():
         rows = [layer.local_shape[0] for layer in layers]
         matrix = make_matrix(sum(rows), layers[0].local_shape[1], *[torch.bfloat16] * 2, meta, quantization)
         matrix.finish_()
         for index, layer in enumerate(layers):
             layer.hold(matrix, sum(rows[:index]))
-    cache = KVCache.allocate(args, rows=4, max_seq_len=600, dtype=held, device=meta)
+    return model, KVCache.allocate(args, rows=4, max_seq_len=600, dtype=held, device=meta)
+
+
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_step_does_nothing_that_a_cuda_graph_cannot_hold(quantize: str | None, held: torch.dtype) -> None:
+    model, cache = meta_model(quantize, held)
     with Log() as log:
         DecodeGraphs(model, cache, run_plainly).prepare()
     assert len(log.calls) > 500
@@ -222,6 +238,23 @@ def test_a_step_does_nothing_that_a_cuda_graph_cannot_hold(quantize: str | None,
         assert {tensor.device.type for tensor in tensors((args, kwargs, result))} == {"meta"}, operation
         if "index" in str(operation):
             assert not any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors(args[1])), operation
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_the_plan_counts_at_least_the_kernels_of_a_step(quantize: str | None) -> None:
+    model, cache = meta_model(quantize)
+    ids = torch.zeros(4, 1, dtype=torch.int64, device="meta")
+    with torch.no_grad(), Log() as log:  # where operations show their parts
+        score_tokens(model, ids, ids, cache)
+    aliases = [[value.alias_info for value in operation._schema.returns] for operation, *_ in log.calls]
+    kernels = sum(all(alias is None or alias.is_write for alias in found) for found in aliases)  # the others are views
+    runtime = RuntimeArgs(max_seq_len=600)
+    alone, recorded = (
+        plan_budget(model.args, runtime, 1, 2, None, Quantization.parse(quantize), graphs).workspace
+        for graphs in (1, 2)
+    )
+    planned = (recorded - alone) // GRAPH_NODE_BYTES
+    assert 100 < kernels <= planned < 3 * kernels
 
 
 def test_freeing_lets_go_of_the_recorded_steps_before_the_weights() -> None:
